@@ -1,0 +1,1 @@
+"""Logs to batches: schema, sources, encoder, shards, batches, and simulated logs."""

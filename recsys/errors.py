@@ -1,0 +1,39 @@
+"""Errors that a user can act on: what is wrong, where, and the nearest thing that would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class RecsysError(Exception):
+    """Base of every error that is the user's to fix; the CLI prints its text without a traceback."""
+
+
+class RecipeError(RecsysError):
+    """A recipe (or an override on the command line) that cannot be run."""
+
+
+class DataError(RecsysError):
+    """Logs, columns or values that cannot be used as the recipe says."""
+
+
+class PluginError(RecsysError):
+    """A plugin that is missing, broken, or clashes with another one."""
+
+
+class RunError(RecsysError):
+    """A run folder that is missing, incomplete or does not fit what is asked of it."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def listing(names: Sequence[str] | Iterable[str], limit: int = 30) -> str:
+    """Join names for a message, shortened past `limit`."""
+    names = list(names)
+    tail = f", … ({len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + tail if names else "none"

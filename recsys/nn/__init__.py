@@ -1,0 +1,1 @@
+"""The parts of a model: tables, selection, sequences, interactions, head."""
