@@ -1,0 +1,247 @@
+"""The table after pruning: what was dropped takes no memory, what was kept gives the same vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys.contracts import EncodedSchema, Fields, Selection
+from recsys.errors import DataError, did_you_mean, listing
+from recsys.nn.layout import Column, Guard, Layout, scale
+
+
+class RowSource(Protocol):
+    """A table whose rows can be read for pruning."""
+
+    layout: Layout
+    fields: Fields
+
+    def read(self, vocabulary: int, rows: Tensor) -> Tensor:
+        """Rows of one vocabulary block, `[n] -> [n, D]`, with zeros where nothing is stored."""
+        ...
+
+
+class CompactTable(nn.Module):
+    """Kept rows × kept dimensions, stored back to back in one flat parameter.
+
+    A vocabulary block keeps k rows of d dimensions: k·d numbers. The flat storage starts with D zeros, to which
+    everything that was dropped points, and which get no gradient; so outputs are `[B, F, D]` as before, with exact
+    zeros. A block that lost rows has a map of the narrowest integer type from id to row.
+
+    Columns that share a vocabulary may keep different parts of it; the block then stores what any of them keeps.
+    History columns are called `group.column`; a selection that does not name them keeps all that they read.
+    """
+
+    def __init__(self, schema: EncodedSchema, source: RowSource, selection: Selection) -> None:
+        super().__init__()
+        self.schema = schema
+        self.layout = source.layout
+        self.fields = source.fields
+        columns = self.layout.columns
+        kept = keep_masks(self.layout, self.fields.dim, selection)
+        if isinstance(source, CompactTable):
+            kept = [(r & old_r, d & old_d) for (r, d), (old_r, old_d) in zip(kept, source.kept, strict=True)]
+        self.kept: list[tuple[Tensor, Tensor]] = kept
+        blocks, flat = _pack(source, columns, kept, self.fields.dim)
+        self.flat = nn.Parameter(flat)
+        slots, where = _slot_maps(columns, kept, self.layout.rows)
+        self.slots: Tensor
+        self.register_buffer("slots", slots, persistent=False)
+        whole_rows = all(bool(d.all()) for _, d in kept if bool(d.any()))
+        parts = [_Part(c, blocks[c.vocabulary], m, d) for c, m, (_, d) in zip(columns, where, kept, strict=True)]
+        count = len(self.layout.fields)
+        self.reader = CompactReader(parts[:count], whole_rows)
+        self.groups = tuple(self.layout.histories)
+        self.readers = nn.ModuleList()
+        for group in self.layout.histories.values():
+            self.readers.append(CompactReader(parts[count : count + len(group)], whole_rows))
+            count += len(group)
+
+    def forward(self, ids: Tensor, values: Tensor | None = None) -> Tensor:
+        """`[B, F] int64, [B, F] float -> [B, F, D]`.
+
+        Raises:
+            ValueError: the schema has numeric fields and `values` is None.
+        """
+        if values is None and self.schema.has_numeric:
+            raise ValueError("the schema has numeric fields: the table needs their values")
+        e, safe = self.reader(ids, self.flat, self.slots)
+        return scale(e, safe, values)
+
+    def history(self, group: str, ids: Tensor) -> Tensor:
+        """`[B, L, K] int64 -> [B, L, K, D]`."""
+        e: Tensor = self.readers[self.groups.index(group)](ids, self.flat, self.slots)[0]
+        return e
+
+    def read(self, vocabulary: int, rows: Tensor) -> Tensor:
+        """Rows of one vocabulary block, `[n] -> [n, D]`, zeros where nothing is stored."""
+        kept_rows, kept_dims = _union(self.layout.columns, self.kept, vocabulary, self.layout.rows[vocabulary])
+        first, width = _starts(self.layout, self.kept, self.fields.dim)[vocabulary]
+        slot = (kept_rows.cumsum(0) - 1)[rows.cpu()].unsqueeze(1)  # [n, 1]
+        column = (kept_dims.cumsum(0) - 1).unsqueeze(0)  # [1, D]
+        stored = kept_rows[rows.cpu()].unsqueeze(1) & kept_dims  # [n, D]
+        element = torch.where(stored, first + slot * width + column, 0)
+        return self.flat.detach().index_select(0, element.flatten().to(self.flat.device)).view(element.shape)
+
+    def prune(self, selection: Selection) -> CompactTable:
+        """Return a smaller table still; what is gone stays gone."""
+        return CompactTable(self.schema, self, selection)
+
+    def export_tables(self) -> Mapping[str, Tensor]:
+        """The flat storage, the id maps, and where each column finds its part."""
+        tables = {"flat": self.flat.detach(), "slots": self.slots}
+        names = ("fields", *(f"history.{g}" for g in self.groups))
+        for name, reader in zip(names, (self.reader, *self.readers), strict=True):
+            tables |= {f"{name}.{k}": v for k, v in reader.named_buffers(recurse=False)}
+        return tables
+
+
+class _Part:
+    """Where one column finds its rows: the block's first element and width, its id map, its dimensions."""
+
+    def __init__(self, column: Column, block: tuple[int, int, Tensor], slot_map: int, dims: Tensor) -> None:
+        self.column = column
+        self.first, self.width, block_dims = block
+        self.slot_map = slot_map
+        self.alive = bool(dims.any())
+        self.position = torch.where(dims & block_dims, block_dims.cumsum(0) - 1, -1)  # [D]
+
+
+class CompactReader(nn.Module):
+    """From a column's own ids to elements (or whole rows) of the flat storage."""
+
+    def __init__(self, parts: Sequence[_Part], whole_rows: bool) -> None:
+        super().__init__()
+        self.guard = Guard([p.column for p in parts])
+        self.whole_rows = whole_rows
+        self.first: Tensor
+        self.width: Tensor
+        self.slot_map: Tensor
+        self.alive: Tensor
+        self.position: Tensor
+        for name, values in {
+            "first": [p.first for p in parts],
+            "width": [p.width for p in parts],
+            "slot_map": [p.slot_map for p in parts],
+        }.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+        self.register_buffer("alive", torch.tensor([p.alive for p in parts], dtype=torch.bool), persistent=False)
+        position = torch.stack([p.position for p in parts]) if parts else torch.zeros(0, 1)
+        self.register_buffer("position", position.to(torch.int16), persistent=False)
+
+    def forward(self, ids: Tensor, flat: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., C] -> e [..., C, D], guarded ids [..., C]`."""
+        safe: Tensor = self.guard(ids)
+        slot = self._slot(safe, slots)  # [..., C], -1 where the row is gone
+        gone = slot < 0
+        if self.whole_rows:
+            dim = self.position.shape[-1]
+            row = torch.where(gone, 0, self.first // dim + slot)
+            return F.embedding(row, flat.view(-1, dim), padding_idx=0), safe
+        position = self.position.long()  # [C, D]
+        element = (self.first + slot * self.width).unsqueeze(-1) + position  # [..., C, D]
+        element = torch.where(gone.unsqueeze(-1) | (position < 0), 0, element)
+        return F.embedding(element, flat.unsqueeze(-1), padding_idx=0).squeeze(-1), safe
+
+    def _slot(self, safe: Tensor, slots: Tensor) -> Tensor:
+        mapped = self.slot_map >= 0
+        place = torch.where(mapped, self.slot_map + safe, 0)
+        slot = torch.where(mapped, slots.index_select(0, place.flatten()).view(place.shape).long() - 1, safe)
+        return torch.where(self.alive, slot, -1)
+
+
+def keep_masks(layout: Layout, dim: int, selection: Selection) -> list[tuple[Tensor, Tensor]]:
+    """The kept (rows `[rows]`, dims `[D]`) of every column of a layout.
+
+    Raises:
+        DataError: the selection names an unknown column, or a mask has the wrong length.
+    """
+    columns = layout.columns
+    known = [c.name for c in columns]
+    for name in (*selection.fields, *selection.rows, *selection.dims):
+        if name not in known:
+            raise DataError(
+                f"the selection names '{name}', which the model does not have."
+                f"{did_you_mean(name, known)} Columns: {listing(known)}"
+            )
+    scalar = {c.name for c in layout.fields}
+    masks = []
+    for c in columns:
+        rows, dims = _mask(selection.rows, c.name, c.rows, "rows"), _mask(selection.dims, c.name, dim, "dims")
+        if (c.name in scalar and c.name not in selection.fields) or not rows.any() or not dims.any():
+            rows, dims = torch.zeros_like(rows), torch.zeros_like(dims)
+        masks.append((rows, dims))
+    return masks
+
+
+def _mask(masks: Mapping[str, Tensor], name: str, size: int, what: str) -> Tensor:
+    if name not in masks:
+        return torch.ones(size, dtype=torch.bool)
+    mask = masks[name].detach().cpu().bool()
+    if mask.shape != (size,):
+        raise DataError(f"the selection's {what} of '{name}' has shape {tuple(mask.shape)}, expected ({size},)")
+    return mask
+
+
+Masks = Sequence[tuple[Tensor, Tensor]]
+
+
+def _union(columns: Sequence[Column], kept: Masks, vocabulary: int, size: int) -> tuple[Tensor, Tensor]:
+    """What a block must store: any row, and any dimension, that a column reading it keeps."""
+    rows, dims = torch.zeros(size, dtype=torch.bool), torch.zeros_like(kept[0][1])
+    for c, (r, d) in zip(columns, kept, strict=True):
+        if c.vocabulary == vocabulary:
+            rows[: c.rows] |= r
+            dims |= d
+    return rows, dims
+
+
+def _starts(layout: Layout, kept: Masks, dim: int) -> list[tuple[int, int]]:
+    """First element and width of every block; the first `dim` elements are the zeros."""
+    starts, first = [], dim
+    for v, size in enumerate(layout.rows):
+        rows, dims = _union(layout.columns, kept, v, size)
+        width = int(dims.sum())
+        starts.append((first, width))
+        first += int(rows.sum()) * width
+    return starts
+
+
+def _pack(
+    source: RowSource, columns: Sequence[Column], kept: Masks, dim: int
+) -> tuple[list[tuple[int, int, Tensor]], Tensor]:
+    """Copy what is kept into the flat storage; returns each block's (first element, width, dims) and the storage."""
+    blocks, pieces = [], [source.read(0, torch.zeros(0, dtype=torch.int64)).new_zeros(dim)]
+    starts = _starts(source.layout, kept, dim)
+    for v, size in enumerate(source.layout.rows):
+        rows, dims = _union(columns, kept, v, size)
+        device = pieces[0].device
+        part = source.read(v, rows.nonzero().squeeze(1).to(device))
+        pieces.append(part[:, dims.to(device)].flatten())
+        blocks.append((*starts[v], dims))
+    return blocks, torch.cat(pieces)
+
+
+def _slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Id maps, back to back (0 = gone, else 1 + row in the block), and where each column's starts (-1: needs none)."""
+    maps: list[Tensor] = [torch.zeros(1, dtype=torch.int64)]
+    where, length, done = [], 1, {}
+    for c, (rows, dims) in zip(columns, kept, strict=True):
+        union, _ = _union(columns, kept, c.vocabulary, sizes[c.vocabulary])
+        if (bool(rows.all()) and bool(union[: c.rows].all())) or not dims.any():
+            where.append(-1)
+            continue
+        key = (c.vocabulary, rows.numpy().tobytes())
+        if key not in done:
+            done[key] = length
+            maps.append(torch.where(rows, union.cumsum(0)[: c.rows], 0))
+            length += c.rows
+        where.append(done[key])
+    slots = torch.cat(maps)
+    top = int(slots.max())
+    narrow = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if top <= torch.iinfo(t).max)
+    return slots.to(narrow), where

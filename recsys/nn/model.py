@@ -1,0 +1,170 @@
+"""The model: embedding → selector → sequences → interactions → head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from recsys import contracts
+from recsys.contracts import Batch, EncodedSchema, Fields, Selection
+from recsys.errors import RecipeError, listing
+from recsys.nn.head import Head
+from recsys.nn.layout import Layout
+from recsys.nn.selection import KeepAll
+from recsys.nn.sequence import MeanPool
+
+Histories = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Model(nn.Module):
+    """Ids to one logit per task.
+
+        e [B, F, D]      = embedding(ids, values)
+        gated [B, F, D]  = selector(e, ids)
+        pooled [B, K, D] = sequence(target, history, length)   for each history
+        x [B, F', D]     = [gated; pooled …]
+        h_i [B, H_i]     = interaction_i(x)
+        {task: [B]}      = head(h_1, h_2, …)
+
+    The target of a history is its target fields' vectors as the embedding gives them, before the selector.
+
+    Args:
+        schema: what the encoder produces.
+        embedding: ids to vectors.
+        selector: gates on the scalar fields' vectors.
+        sequences: history group → encoder; one for each history with a target. Bags, which have none, are averaged.
+        interactions: built on `Model.consumer_fields(schema, embedding)`.
+        head: built on the same interactions.
+
+    Raises:
+        RecipeError: a history with a target has no sequence encoder, or an encoder has no such history.
+    """
+
+    def __init__(
+        self,
+        schema: EncodedSchema,
+        embedding: contracts.Embedding,
+        selector: contracts.Selector,
+        sequences: Mapping[str, contracts.Sequence],
+        interactions: Sequence[contracts.Interaction],
+        head: Head,
+    ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.embedding = embedding
+        self.selector = selector
+        self.interactions = nn.ModuleList(cast("Sequence[nn.Module]", interactions))
+        self.head = head
+        pools = _pools(schema, sequences, embedding.fields.dim)
+        self.sequences = nn.ModuleList(cast("Sequence[nn.Module]", pools))
+        names = [f.name for f in schema.fields]
+        for i, h in enumerate(schema.histories):
+            index = torch.tensor([names.index(t) for t in h.target], dtype=torch.int64)
+            self.register_buffer(f"target_{i}", index, persistent=False)
+
+    @staticmethod
+    def consumer_fields(schema: EncodedSchema, embedding: contracts.Embedding) -> Fields:
+        """What the interactions see: the scalar fields, then the pooled columns `group.column` of the histories."""
+        columns = Layout.of(schema).columns
+        return Fields(tuple(c.name for c in columns), tuple(c.rows for c in columns), embedding.fields.dim)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits, `Batch -> {task: [B]}`, float32."""
+        return self.logits(batch.ids, batch.values, batch.history)
+
+    def logits(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> dict[str, Tensor]:
+        """Tensors only: `[B, F], [B, F], {group: ([B, L, K], [B])} -> {task: [B]}`, float32."""
+        x = self.represent(ids, values, history)
+        outputs = [interaction(x) for interaction in self.interactions]
+        return cast("dict[str, Tensor]", self.head(outputs, ids, values))
+
+    def represent(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> Tensor:
+        """What the interactions see, `[B, F', D]`."""
+        e = self.embedding(ids, values)
+        parts = [self.selector(e, ids)]
+        for i, h in enumerate(self.schema.histories):
+            events, length = (history or {})[h.name]
+            vectors = self.embedding.history(h.name, events).flatten(2)  # [B, L, K, D] -> [B, L, W]
+            target = e.index_select(1, self.get_buffer(f"target_{i}")).flatten(1)  # [B, W]
+            target = target if h.target else vectors.new_zeros(ids.shape[0], vectors.shape[-1])
+            pooled = self.sequences[i](target, vectors, length)  # [B, W]
+            parts.append(pooled.unflatten(1, (len(h.columns), -1)))  # [B, K, D]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def penalty(self) -> Tensor:
+        """The selector's regularisation, `[]`."""
+        return self.selector.penalty()
+
+    def prune(self, selection: Selection) -> Model:
+        """Return a new, smaller model without the selector; this one stays as it is.
+
+        Its predictions are, bit for bit, those of this model with the dropped parts of the embedding's output
+        multiplied by zero (the target of a history included). First-order weights stay.
+        """
+        groups = [h.name for h in self.schema.histories]
+        sequences = dict(zip(groups, cast("list[contracts.Sequence]", list(self.sequences)), strict=True))
+        return Model(
+            self.schema,
+            self.embedding.prune(selection),
+            KeepAll(self.embedding.fields).to(next(self.head.parameters()).device),
+            copy.deepcopy(sequences),
+            copy.deepcopy(cast("list[contracts.Interaction]", list(self.interactions))),
+            copy.deepcopy(self.head),
+        ).train(self.training)
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(table parameters, other parameters): the embedding and the first-order weights, and all the rest."""
+        tables = [*self.embedding.parameters(), *self.head.table_parameters().values()]
+        seen = {id(p) for p in tables}
+        return tables, [p for p in self.parameters() if id(p) not in seen]
+
+    @torch.no_grad()
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """What each interaction looked at, by `<position>.<class>.<name>`."""
+        x = self.represent(batch.ids, batch.values, batch.history)
+        return {
+            f"{i}.{type(part).__name__}.{name}": value
+            for i, part in enumerate(self.interactions)
+            for name, value in cast("contracts.Interaction", part).explain(x).items()
+        }
+
+    def bytes(self) -> int:
+        """Bytes that a serving process must hold: the embedding's tables and every other parameter and buffer."""
+        tables = self.embedding.export_tables().values()
+        mine = {id(p) for p in self.embedding.parameters()}
+        others = [p for p in self.parameters() if id(p) not in mine]
+        return sum(t.nbytes for t in (*tables, *others))
+
+
+class TensorModel(nn.Module):
+    """A model whose forward takes tensors, for `torch.export`; B and L are dynamic dimensions."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, values: Tensor | None = None, history: dict[str, tuple[Tensor, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """`[B, F], [B, F], {group: ([B, L, K], [B])} -> {task: [B]}`."""
+        return self.model.logits(ids, values, history)
+
+
+def _pools(schema: EncodedSchema, sequences: Mapping[str, contracts.Sequence], dim: int) -> list[contracts.Sequence]:
+    """One encoder per history, in the schema's order; histories without a target are averaged."""
+    groups = [h.name for h in schema.histories]
+    for name in sequences:
+        if name not in groups:
+            raise RecipeError(f"a sequence encoder is given for '{name}'; histories: {listing(groups)}")
+    pools: list[contracts.Sequence] = []
+    for h in schema.histories:
+        if h.target and len(h.target) != len(h.columns):
+            raise RecipeError(f"history '{h.name}' has {len(h.columns)} columns but {len(h.target)} target fields")
+        if h.target and h.name not in sequences:
+            raise RecipeError(f"history '{h.name}' has a target, and needs a sequence encoder")
+        pools.append(sequences.get(h.name) or MeanPool(len(h.columns) * dim))
+    return pools
