@@ -11,7 +11,17 @@ class RecsysError(Exception):
 
 
 class RecipeError(RecsysError):
-    """A recipe (or an override on the command line) that cannot be run."""
+    """A recipe (or an override on the command line) that cannot be run.
+
+    Args:
+        message: what is wrong and what would be right.
+        path: keys and list positions from the recipe's root to the wrong value, from which the reader of
+            the recipe finds the file and the line; empty when the error is about no single value.
+    """
+
+    def __init__(self, message: str, *, path: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DataError(RecsysError):

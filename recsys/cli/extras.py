@@ -1,0 +1,46 @@
+"""What the commands share about optional packages and plugins."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recsys.errors import RecsysError
+
+if TYPE_CHECKING:
+    from recsys.plugin.registry import Registry
+
+EXTRAS: dict[str, tuple[str, ...]] = {"train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors")}
+"""Extra → the top-level modules that it installs."""
+
+PluginFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Also use the components of this Python file; can be repeated."),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option("--without", metavar="NAME", help="Do not import this installed plugin; can be repeated."),
+]
+
+
+def require(extra: str) -> None:
+    """Say which extra to install when a command needs one that is absent.
+
+    Raises:
+        RecsysError: a module of the extra is not installed.
+    """
+    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RecsysError(f"this command needs {', '.join(missing)}: pip install 'recsys[{extra}]'")
+
+
+def open_registry(plugin: Sequence[Path] | None = None, without: Sequence[str] | None = None) -> Registry:
+    """Load the registry as the command line asks."""
+    require("train")
+    from recsys.plugin.registry import load_registry
+
+    return load_registry(files=plugin or (), without=without or ())

@@ -1,0 +1,115 @@
+"""`recsys show NAME`: everything about one component."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recsys.cli.extras import PluginFiles, Without, open_registry
+
+if TYPE_CHECKING:
+    from recsys.plugin.registry import Registered
+
+SHAPES: dict[str, str] = {
+    "source": "scan(split) -> polars.LazyFrame of raw rows",
+    "embedding": "ids [B, F], values [B, F] -> [B, F, D]",
+    "selector": "e [B, F, D], ids [B, F] -> [B, F, D]",
+    "sequence": "target [B, W], history [B, L, W], length [B] -> [B, W]",
+    "interaction": "e [B, F, D] -> [B, H]",
+    "loss": "{task: [B]}, batch -> []",
+    "propensity": "fit(logs); estimate(batch) -> [B] in (0, 1]",
+    "metric": "logit [B], label [B] -> []",
+    "stage": "run(run)",
+    "exporter": "export(model, example, folder)",
+}
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="Name of a component, for example `autoint`.")],
+    plugin: PluginFiles = None,
+    without: Without = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show one component: what it computes, its shapes, its options with types and defaults, and YAML to paste.
+
+    `recsys show fm` prints the formula and the options of the factorisation machine. A name that two kinds
+    have shows both.
+    """
+    entries = open_registry(plugin, without).find(name)
+    if as_json:
+        print(json.dumps([as_dict(entry) for entry in entries], indent=2, default=str))
+        return
+    for entry in entries:
+        _print(entry)
+
+
+def as_dict(entry: Registered) -> dict[str, Any]:
+    """Return what `--json` prints about a component."""
+    return {
+        "kind": entry.component.kind,
+        "name": entry.component.name,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "module": entry.module,
+        "summary": entry.doc.summary,
+        "description": entry.doc.body,
+        "shapes": SHAPES[entry.component.kind],
+        "options": [vars(option) for option in entry.options],
+        "stages": [dict(stage) for stage in entry.component.stages],
+        "yaml": snippet(entry),
+    }
+
+
+def snippet(entry: Registered) -> str:
+    """Return YAML to paste into a recipe, with every option at its default."""
+    import yaml
+
+    kind, name = entry.component.kind, entry.component.name
+    lines = [f"use: {name}"]
+    for option in entry.options:
+        # Through JSON: a recipe has lists and text where Python has tuples and paths.
+        value = json.loads(json.dumps(option.default, default=str))
+        written = "…  # required" if option.required else _flow(yaml.safe_dump(value, default_flow_style=True))
+        lines.append(f"{option.name}: {written}")
+    if kind == "metric":
+        return f"- {name}" if len(lines) == 1 else "- " + "\n  ".join(lines)
+    if kind == "stage":
+        return "stages:\n  - " + "\n    ".join(lines)
+    if kind in ("source", "loss", "propensity"):
+        block = {"source": "data"}.get(kind, "")
+        body = "\n".join(f"{'    ' if block else '  '}{line}" for line in lines)
+        return f"{block}:\n  {kind}:\n{body}" if block else f"{kind}:\n{body}"
+    return f"model:\n  {kind}:\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def _flow(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _print(entry: Registered) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    console = Console()
+    component = entry.component
+    console.rule(f"[bold]{component.name}[/] · {component.kind} · {escape(entry.origin)}", align="left")
+    console.print(escape(entry.doc.summary or "(no description)"))
+    if entry.doc.body:
+        console.print("\n" + escape(entry.doc.body))
+    console.print(f"\n[bold]shapes[/]  {escape(SHAPES[component.kind])}\n")
+    if entry.options:
+        table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
+        for option in entry.options:
+            default = "required" if option.required else repr(option.default)
+            table.add_row(*map(escape, (option.name, option.type, default, option.description)))
+        console.print(table)
+    else:
+        console.print("It has no options.")
+    if component.stages:
+        console.print(f"\n[bold]stages[/]  {escape(' → '.join(str(stage['use']) for stage in component.stages))}")
+    console.print()
+    console.print(Syntax(snippet(entry), "yaml", background_color="default"))

@@ -1,0 +1,42 @@
+"""The components of the core, registered through the same hook as anybody's."""
+
+from __future__ import annotations
+
+from recsys.data.simulate import Simulated
+from recsys.data.sources import Files
+from recsys.nn.interaction import FM, MLP, CrossNet
+from recsys.nn.selection import KeepAll
+from recsys.nn.sequence import MeanPool
+from recsys.nn.table import Table
+from recsys.plugin.hooks import Component, hookimpl
+from recsys.train.losses import BCE
+from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
+from recsys.train.stages import Evaluate, Export, Fit, Prune, Reset, Rewind
+
+
+@hookimpl
+def recsys_components() -> list[Component]:
+    """Return what every installation has."""
+    return [
+        Component("source", "files", Files),
+        Component("source", "simulated", Simulated),
+        Component("embedding", "table", Table),
+        Component("selector", "keep_all", KeepAll),
+        Component("sequence", "mean_pool", MeanPool),
+        Component("interaction", "fm", FM),
+        Component("interaction", "mlp", MLP),
+        Component("interaction", "cross", CrossNet),
+        Component("loss", "bce", BCE),
+        Component("metric", "auc", AUC),
+        Component("metric", "logloss", LogLoss),
+        Component("metric", "gauc", GAUC),
+        Component("metric", "ece", ECE),
+        Component("metric", "normalized_entropy", NormalizedEntropy),
+        Component("metric", "pr_auc", PRAUC),
+        Component("stage", "fit", Fit),
+        Component("stage", "rewind", Rewind),
+        Component("stage", "reset", Reset),
+        Component("stage", "prune", Prune),
+        Component("stage", "evaluate", Evaluate),
+        Component("stage", "export", Export),
+    ]

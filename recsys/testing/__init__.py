@@ -1,0 +1,1 @@
+"""Tests for plugins: the conformance kit and pytest fixtures."""
