@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.contracts import EncodedSchema, Fields, Selection
-from recsys.nn.compact import CompactTable
+from recsys.nn.compact import CompactTable, keep_masks
 from recsys.nn.layout import Column, Guard, Layout, scale
-from recsys.nn.selection import is_everything
 
 
 class Table(nn.Module):
@@ -63,7 +62,8 @@ class Table(nn.Module):
 
         A selection that drops nothing gives a copy of this table.
         """
-        if is_everything(selection, self.fields):
+        masks = keep_masks(self.layout, self.fields.dim, selection)
+        if all(bool(m.all()) for pair in masks for m in pair):
             return copy.deepcopy(self)
         return CompactTable(self.schema, self, selection)
 
