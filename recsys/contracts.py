@@ -31,6 +31,16 @@ NUMERIC_VALUE_ID = 1
 
 
 @dataclass(frozen=True)
+class Named:
+    """Marks an option whose value is the name of a component: `Annotated[str, Named("metric")]`.
+
+    The recipe is refused before anything runs when no such component is installed.
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True)
 class Field:
     """One input of the model: ids in `[0, rows)`, each field counting from 0.
 

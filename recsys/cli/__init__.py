@@ -1,1 +1,50 @@
-"""The command line, one file per command."""
+"""The command line, one file per command; nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from recsys.cli import check, evaluate, list, new_plugin, plugins, predict, schema, show, simulate, train
+from recsys.errors import RecsysError
+
+app = typer.Typer(
+    name="recsys",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=(
+        "Train, compare, shrink and serve recommender and click-through-rate models.\n\n"
+        "Start with `recsys train quickstart`; then `recsys schema infer logs.parquet` writes the data part "
+        "of a recipe for your own logs, and `recsys list` shows what a recipe can use."
+    ),
+)
+app.command("train", help=train.command.__doc__)(train.command)
+app.command("check", help=check.command.__doc__)(check.command)
+app.command("evaluate", help=evaluate.command.__doc__)(evaluate.command)
+app.command("predict", help=predict.command.__doc__)(predict.command)
+app.command("list", help=list.command.__doc__)(list.command)
+app.command("show", help=show.command.__doc__)(show.command)
+app.command("plugins", help=plugins.command.__doc__)(plugins.command)
+app.command("new-plugin", help=new_plugin.command.__doc__)(new_plugin.command)
+app.add_typer(schema.app, name="schema")
+app.command("simulate", help=simulate.command.__doc__)(simulate.command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        from recsys import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; what the user can fix is printed as one message, with exit status 1."""
+    try:
+        app()
+    except RecsysError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

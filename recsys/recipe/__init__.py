@@ -1,0 +1,1 @@
+"""Recipes: YAML to a checked `Recipe` to a `Run`."""

@@ -1,0 +1,201 @@
+"""A checked recipe to its parts: data, model, loss, and the run that the stages work on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+import recsys
+from recsys.contracts import EncodedSchema, Loss, Metric, Source
+from recsys.data.encode import Encoder
+from recsys.data.prepare import Prepared, prepare
+from recsys.data.shards import Shards
+from recsys.data.sources import DataRoot
+from recsys.errors import RecipeError, RunError
+from recsys.nn.head import Head
+from recsys.nn.model import Model
+from recsys.plugin.registry import Checked, Registry
+from recsys.recipe.check import Recipe, check_document
+from recsys.recipe.reader import Document
+from recsys.train.checkpoint import read_json, write_json
+from recsys.train.distributed import World, wait_for_all
+from recsys.train.progress import bar
+from recsys.train.run import Run
+
+
+def cache_folder() -> Path:
+    """Return where encoded data is kept: `RECSYS_CACHE`, else `~/.cache/recsys`."""
+    return Path(os.environ.get("RECSYS_CACHE") or Path.home() / ".cache" / "recsys")
+
+
+def data_root(recipe: Recipe, given: Path | None) -> DataRoot:
+    """Return the places where relative data paths are looked for, in order."""
+    set_by_environment = os.environ.get("RECSYS_DATA")
+    places = [given, Path(set_by_environment) if set_by_environment else None, recipe.folder]
+    return DataRoot(tuple(place for place in places if place is not None), recipe.data.dataset)
+
+
+def build_source(recipe: Recipe, registry: Registry, root: DataRoot) -> Source:
+    """Return the recipe's source."""
+    return cast(Source, registry.build("source", recipe.data.source, root, where="data.source"))
+
+
+def prepare_data(recipe: Recipe, source: Source, console: Console, world: World) -> Prepared:
+    """Encode the splits, or take them from the cache; one process of each machine does it for the others."""
+
+    def work(progress: Callable[[int], None] | None) -> Prepared:
+        return prepare(recipe.data, source, cache_folder(), progress=progress)
+
+    if world.local_rank == 0:
+        with bar(console, disable=not world.leads) as progress:
+            task = progress.add_task("encoding rows", total=None)
+            prepared = work(lambda rows: progress.advance(task, rows))
+    wait_for_all()
+    return prepared if world.local_rank == 0 else work(None)
+
+
+def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed: int) -> Model:
+    """Return the recipe's model; equal seeds give equal weights, and no other random numbers are touched."""
+
+    def part(checked: Checked, kind: str, *positional: Any) -> Any:
+        factory = registry.get(cast(Any, kind), checked.name).component.factory
+        return factory(*positional, **checked.options)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        embedding = part(recipe.parts["embedding"], "embedding", schema)
+        selector = part(recipe.parts["selector"], "selector", embedding.fields)
+        dim = embedding.fields.dim
+        sequences = {
+            history.name: part(recipe.parts["sequence"], "sequence", dim * len(history.columns))
+            for history in schema.histories
+            if history.target
+        }
+        fields = Model.consumer_fields(schema, embedding)
+        interactions = [part(checked, "interaction", fields) for checked in recipe.interactions]
+        head = Head(schema, interactions, wide=recipe.head.wide)
+        return Model(schema, embedding, selector, sequences, interactions, head)
+
+
+def build_loss(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Loss:
+    """Return the recipe's loss.
+
+    Raises:
+        RecipeError: it needs a context column that the recipe does not name.
+    """
+    factory = registry.get("loss", recipe.loss.name).component.factory
+    loss = cast(Loss, factory(schema.tasks, **recipe.loss.options))
+    for need in loss.needs:
+        if need not in schema.context:
+            raise recipe.located(
+                RecipeError(
+                    f"loss: '{recipe.loss.name}' needs the context column '{need}'; name it under data.context",
+                    path=("loss",),
+                )
+            )
+    return loss
+
+
+def build_run(
+    recipe: Recipe,
+    registry: Registry,
+    folder: Path,
+    encoder: Encoder,
+    splits: Mapping[str, Shards],
+    *,
+    world: World,
+    console: Console,
+    source: Source | None = None,
+) -> Run:
+    """Put the parts together."""
+
+    def metric(spec: str | Mapping[str, Any]) -> Metric:
+        return cast(Metric, registry.build("metric", spec, where="metric"))
+
+    return Run(
+        folder=folder,
+        train=recipe.train,
+        encoder=encoder,
+        splits=splits,
+        build_model=lambda seed: build_model(recipe, registry, encoder.schema, seed),
+        loss=build_loss(recipe, registry, encoder.schema),
+        metric=metric,
+        recipe=recipe.document.value,
+        world=world,
+        console=console,
+        # Only a source with planted truth can say what the best model would reach.
+        reference=getattr(source, "reference", None),
+    )
+
+
+def describe_run(recipe: Recipe, registry: Registry, fingerprint: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what must be known to repeat a run: versions, plugins, data, code."""
+    packages = ("torch", "lightning", "polars", "numpy", "torchmetrics", "pluggy", "safetensors")
+    return {
+        "recipe": recipe.name,
+        "recipe_folder": str(recipe.folder),
+        "arguments": list(arguments),
+        "recsys": recsys.__version__,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "plugins": {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in registry.plugins},
+        "data": fingerprint,
+        "threads": torch.get_num_threads(),
+        "git": _git_hash(recipe.folder),
+    }
+
+
+def write_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any], encoder: Encoder) -> None:
+    """Start a run folder: recipe, facts, encoder."""
+    write_json(folder / "recipe.json", recipe.document.value)
+    write_json(folder / "run.json", facts)
+    encoder.save(folder / "encoder")
+
+
+def read_run(folder: Path, registry: Registry) -> tuple[Recipe, dict[str, Any]]:
+    """Read the recipe and the facts of a run folder.
+
+    Raises:
+        RunError: it is no run folder.
+    """
+    if not (folder / "run.json").is_file():
+        near = sorted(str(path.parent) for path in folder.parent.glob("*/run.json")) if folder.parent.is_dir() else []
+        hint = f" Runs beside it: {', '.join(near[-5:])}" if near else ""
+        raise RunError(f"{folder}: no run folder (it has no run.json).{hint}")
+    facts = read_json(folder / "run.json")
+    document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
+    return check_document(document, registry, facts["recipe"], Path(facts["recipe_folder"])), facts
+
+
+def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Recipe, Run, dict[str, Any]]:
+    """Return a finished run with its trained model, without its data.
+
+    Raises:
+        RunError: nothing has been trained in it yet.
+    """
+    recipe, facts = read_run(folder, registry)
+    run = build_run(
+        recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console
+    )
+    run.restore()
+    if run.state["weights"] is None:
+        raise RunError(f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`")
+    return recipe, run, facts
+
+
+def _git_hash(folder: Path) -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,198 @@
+"""Carry a recipe out: data, stages, result; anew or from where a run stopped, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from recsys.contracts import Stage
+from recsys.data.encode import Encoder
+from recsys.errors import RecsysError, RunError
+from recsys.plugin.registry import Registry
+from recsys.recipe.build import (
+    build_run,
+    build_source,
+    data_root,
+    describe_run,
+    prepare_data,
+    read_run,
+    write_run,
+)
+from recsys.recipe.check import Recipe
+from recsys.train import distributed
+from recsys.train.checkpoint import write_json
+from recsys.train.run import Run
+
+DRIFT = ("recsys", "packages", "plugins", "data")
+"""What must be as it was for a resumed run to go on as if it had never stopped."""
+
+
+def new_folder(recipe: Recipe, out: Path | None) -> Path:
+    """Return the folder of a new run.
+
+    Raises:
+        RunError: `out` holds something already.
+    """
+    if out is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / f"{recipe.folder.name}-{recipe.name}-{stamp}-{os.getpid() % 10000:04d}"
+    if out.exists() and any(out.iterdir()) and not _launched():
+        raise RunError(
+            f"{out} is not empty. Continue the run in it with `recsys train --resume {out}`, or name another folder"
+        )
+    return out
+
+
+def resumed(folder: Path, registry: Registry) -> tuple[Recipe, Path]:
+    """Return the recipe of a run that is to go on."""
+    recipe, _ = read_run(folder, registry)
+    return recipe, folder
+
+
+def must_launch(recipe: Recipe) -> bool:
+    """Whether other processes have to be started for this recipe."""
+    return recipe.train.devices > 1 and not _launched()
+
+
+def launch_all(arguments: Sequence[str], recipe: Recipe) -> None:
+    """Start the processes of a recipe that trains on several devices, and exit as they do."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if recipe.train.accelerator == "gpu" and torch.cuda.device_count() < recipe.train.devices:
+        raise RunError(f"train.devices: {recipe.train.devices} asked for, this machine has {torch.cuda.device_count()} GPUs")
+    try:
+        distributed.launch(arguments, recipe.train.devices)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        sys.exit(next((code for code in codes if code > 0), 1))
+
+
+def _launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@dataclass
+class Session:
+    """One call of `recsys train`."""
+
+    recipe: Recipe
+    registry: Registry
+    folder: Path
+    resume: bool = False
+    allow_drift: bool = False
+    data_root: Path | None = None
+    as_json: bool = False
+
+    def run(self) -> None:
+        """Do everything, and report."""
+        started = time.monotonic()
+        if self.recipe.train.threads:
+            torch.set_num_threads(self.recipe.train.threads)
+        world = distributed.join_world(self.recipe.train.accelerator)
+        try:
+            console = Console(stderr=self.as_json)
+            run = self._run(world, console)
+            if world.leads:
+                self._report(run, time.monotonic() - started)
+        except RecsysError as error:
+            # Every process meets the same error; one message is enough.
+            if world.leads:
+                raise
+            print(f"rank {world.rank}: {error}", file=sys.stderr)
+            sys.exit(1)
+        finally:
+            distributed.leave_world()
+
+    def _run(self, world: distributed.World, console: Console) -> Run:
+        source = build_source(self.recipe, self.registry, data_root(self.recipe, self.data_root))
+        prepared = prepare_data(self.recipe, source, console, world)
+        facts = describe_run(self.recipe, self.registry, prepared.fingerprint, sys.argv[1:])
+        encoder = prepared.encoder
+        if self.resume:
+            self._refuse_drift(facts, console)
+            encoder = Encoder.load(self.folder / "encoder")
+        elif world.leads:
+            write_run(self.folder, self.recipe, facts, encoder)
+        distributed.wait_for_all()
+        run = build_run(
+            self.recipe,
+            self.registry,
+            self.folder,
+            encoder,
+            prepared.splits,
+            world=world,
+            console=console,
+            source=source,
+        )
+        run.restore()
+        parameters = sum(p.numel() for p in run.model.parameters())
+        rows = ", ".join(f"{name} {len(shards):,}" for name, shards in prepared.splits.items())
+        run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters · {self.folder}")
+        for remark in prepared.report.remarks():
+            run.say(f"[yellow]{remark}[/yellow]")
+        run.model.to(run.device)
+        run_stages(run, self.recipe, self.registry)
+        return run
+
+    def _refuse_drift(self, now: Mapping[str, Any], console: Console) -> None:
+        _, then = read_run(self.folder, self.registry)
+        lines = [line for key in DRIFT for line in _differences(key, then.get(key), now[key])]
+        if lines and not self.allow_drift:
+            raise RunError(
+                f"{self.folder}: what the run was started with has changed; --allow-drift goes on all the same:\n  "
+                + "\n  ".join(lines)
+            )
+        for line in lines:
+            console.print(f"[yellow]changed since the run was started: {line}[/yellow]")
+
+    def _report(self, run: Run, seconds: float) -> None:
+        result = {
+            "run": str(self.folder),
+            "metrics": {
+                split: {name: None if math.isnan(value) else value for name, value in scores.items()}
+                for split, scores in run.scores.items()
+            },
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(run.rows_trained / run.seconds_training, 1) if run.seconds_training else None,
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        }
+        write_json(self.folder / "metrics.json", result)
+        speed = f"{result['rows_per_second']:,.0f} rows/s · " if result["rows_per_second"] else ""
+        run.say(f"{seconds:.1f} s · {speed}{result['parameters']:,} parameters · saved in {self.folder}")
+        if self.as_json:
+            print(json.dumps(result), flush=True)
+
+
+def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
+    """Run the stages in order, skipping those that the run has behind it."""
+    stages: list[tuple[str, Stage]] = []
+    for index, checked in enumerate(recipe.stages, 1):
+        stage = registry.get("stage", checked.name).component.factory(**checked.options)
+        stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
+    for label, stage in stages:
+        if label in run.state["stages"]:
+            run.say(f"{label}: done before")
+            continue
+        run.stage = label
+        registry.hooks.recsys_before_stage(run=run, stage=label)
+        stage.run(run)
+        run.stage_done(label)
+        registry.hooks.recsys_after_stage(run=run, stage=label, metrics=run.scores)
+
+
+def _differences(key: str, then: Any, now: Any) -> list[str]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        names = sorted({*then, *now})
+        return [line for name in names for line in _differences(f"{key}.{name}", then.get(name), now.get(name))]
+    return [] if then == now else [f"{key}: {then} → {now}"]

@@ -1,0 +1,35 @@
+"""Lightning's loggers by the name that a recipe gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from recsys.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+
+def make_logger(name: Literal["csv", "tensorboard", "wandb", "mlflow"], folder: Path, stage: str) -> Logger:
+    """Return the logger `name`, writing the curves of a stage under the run's folder.
+
+    Raises:
+        RecipeError: the package that the logger needs is not installed.
+    """
+    from lightning.pytorch import loggers
+
+    try:
+        match name:
+            case "csv":
+                return loggers.CSVLogger(folder / stage, name="curves", version="")
+            case "tensorboard":
+                return loggers.TensorBoardLogger(folder / stage, name="curves", version="")
+            case "wandb":
+                return loggers.WandbLogger(name=f"{folder.name}/{stage}", save_dir=folder / stage, project="recsys")
+            case "mlflow":
+                return loggers.MLFlowLogger(experiment_name="recsys", run_name=f"{folder.name}/{stage}")
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"train.logger: '{name}' needs the package '{error.name}'; install it with `pip install \"recsys[{name}]\"`"
+        ) from None

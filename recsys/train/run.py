@@ -1,0 +1,192 @@
+"""A run: the built parts of a recipe, the folder of results, and the state that stages hand on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+
+from recsys.contracts import EncodedSchema, Loss, Metric, Selection
+from recsys.data.encode import Encoder
+from recsys.data.shards import Shards
+from recsys.errors import RecipeError, RunError, did_you_mean, listing
+from recsys.nn.model import Model
+from recsys.nn.selection import load_selection, save_selection
+from recsys.train.checkpoint import load_tensors, read_json, save_tensors, write_json
+from recsys.train.distributed import World, wait_for_all
+from recsys.train.options import TrainOptions
+
+Scores = dict[str, dict[str, float]]
+"""split → metric → value."""
+
+
+class Reference(Protocol):
+    """A source that knows the truth behind its labels."""
+
+    def __call__(self, split: str) -> Mapping[str, float]:
+        """Return metric → the best value that any model could reach on `split`."""
+        ...
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Return a seed for one purpose, so that no two purposes share random numbers."""
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+@dataclass
+class Run:
+    """What a stage works on.
+
+    Args:
+        folder: the run's folder.
+        train: the `train:` block.
+        encoder: the fitted encoder, raw rows to ids.
+        splits: encoded rows of `train`, and `valid` and `test` where there are any.
+        build_model: makes the recipe's model with fresh weights from a seed.
+        loss: of the recipe.
+        metric: makes a metric from its recipe entry (a name, or a mapping with `use`).
+        recipe: the resolved recipe, as plain values.
+        world: this process among those that train together.
+        console: where messages to the user go.
+        reference: best values possible, for a source that knows them.
+    """
+
+    folder: Path
+    train: TrainOptions
+    encoder: Encoder
+    splits: Mapping[str, Shards]
+    build_model: Callable[[int], Model]
+    loss: Loss
+    metric: Callable[[str | Mapping[str, Any]], Metric]
+    recipe: Mapping[str, Any]
+    world: World = field(default_factory=World)
+    console: Console = field(default_factory=Console)
+    reference: Reference | None = None
+    stage: str = ""
+    scores: Scores = field(default_factory=dict)
+    rows_trained: int = 0
+    seconds_training: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.model = self.build_model(derive_seed(self.train.seed, "weights"))
+        self.state: dict[str, Any] = {"stages": [], "weights": None, "selections": [], "snapshots": {}}
+
+    @property
+    def schema(self) -> EncodedSchema:
+        """Inputs, tasks and context columns of the encoded rows."""
+        return self.encoder.schema
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+        if self.train.accelerator == "cpu" or not torch.cuda.is_available():
+            if self.train.accelerator == "gpu":
+                raise RecipeError("train.accelerator: 'gpu' was asked for, but torch finds no GPU on this machine")
+            return torch.device("cpu")
+        return torch.device("cuda", self.world.local_rank)
+
+    @property
+    def stage_folder(self) -> Path:
+        """Where the running stage keeps its results."""
+        return self.folder / self.stage
+
+    def seed(self, *purpose: str | int) -> int:
+        """Return the seed of one purpose of this run."""
+        return derive_seed(self.train.seed, *purpose)
+
+    def split(self, name: str) -> Shards:
+        """Return the encoded rows of a split.
+
+        Raises:
+            RecipeError: the data has no such split.
+        """
+        if name not in self.splits:
+            raise RecipeError(
+                f"{self.stage}: the data has no split '{name}'.{did_you_mean(name, self.splits)} "
+                f"Splits: {listing(self.splits)}"
+            )
+        return self.splits[name]
+
+    def say(self, text: str) -> None:
+        """Tell the user, once however many processes train."""
+        if self.world.leads:
+            self.console.print(text, highlight=False)
+
+    def keep_weights(self) -> None:
+        """Save the model as it is now; stages that change it call this last."""
+        self._write_tensors(self.stage_folder / "model.safetensors", self.model.state_dict())
+        self.state["weights"] = f"{self.stage}/model.safetensors"
+
+    def keep_snapshot(self, name: str) -> None:
+        """Save the weights for a later `rewind` to the stage `name`."""
+        self._write_tensors(self.stage_folder / "snapshot.safetensors", self.model.state_dict())
+        self.state["snapshots"][name] = f"{self.stage}/snapshot.safetensors"
+
+    def snapshot(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the weights that the fit stage `name` kept.
+
+        Raises:
+            RecipeError: no earlier stage of that name kept a snapshot.
+        """
+        known = self.state["snapshots"]
+        if name not in known:
+            raise RecipeError(
+                f"{self.stage}: no snapshot '{name}'.{did_you_mean(name, known)} Snapshots: {listing(known)}. "
+                "A fit stage keeps one when it has `name` and `snapshot_epoch`."
+            )
+        return load_tensors(self.folder / known[name])
+
+    def apply_selection(self, selection: Selection) -> None:
+        """Make the model physically smaller, and remember how."""
+        path = self.stage_folder / "selection.safetensors"
+        if self.world.leads:
+            save_selection(selection, path)
+        wait_for_all()
+        self.state["selections"].append(f"{self.stage}/selection.safetensors")
+        self.model = self.model.prune(selection)
+
+    def stage_done(self, stage: str) -> None:
+        """Write down that a stage is complete, with all that the next one needs."""
+        self.state["stages"].append(stage)
+        self.state["scores"] = self.scores
+        self.state["rows_trained"] = self.rows_trained
+        self.state["seconds_training"] = self.seconds_training
+        if self.world.leads:
+            write_json(self.folder / "state.json", self.state)
+        wait_for_all()
+
+    def restore(self) -> None:
+        """Take up the state after the last complete stage of this folder."""
+        path = self.folder / "state.json"
+        if not path.exists():
+            return
+        self.state = read_json(path)
+        self.scores = self.state.get("scores", {})
+        self.rows_trained = self.state.get("rows_trained", 0)
+        self.seconds_training = self.state.get("seconds_training", 0.0)
+        restore_model(self)
+
+    def _write_tensors(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        if self.world.leads:
+            save_tensors(path, tensors)
+        wait_for_all()
+
+
+def restore_model(run: Run) -> None:
+    """Give the run's model the structure and the weights that its folder recorded."""
+    for name in run.state["selections"]:
+        run.model = run.model.prune(load_selection(run.folder / name))
+    if run.state["weights"] is not None:
+        weights = load_tensors(run.folder / run.state["weights"])
+        try:
+            run.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise RunError(f"{run.folder / run.state['weights']}: the weights do not fit the recipe's model\n{error}") from None

@@ -1,0 +1,181 @@
+"""The stages that every recipe can use besides `fit`: rewind, reset, prune, evaluate, export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from rich.table import Table as TextTable
+
+from recsys.contracts import Metric, Named
+from recsys.errors import RecipeError
+from recsys.nn.model import Model
+from recsys.nn.selection import is_everything
+from recsys.train.checkpoint import save_tensors, sha256, write_json
+from recsys.train.fit import Fit
+from recsys.train.run import Run
+from recsys.train.score import measure, predict
+
+__all__ = ["Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind"]
+
+SELECTOR_PREFIX = "selector."
+
+
+class Rewind:
+    """Put the weights back to the snapshot of an earlier fit stage; the selector keeps what it learned.
+
+    It comes before `prune`: the other order would undo the pruning.
+
+    Args:
+        to: name of the fit stage that kept a snapshot (`snapshot_epoch`).
+    """
+
+    name = "rewind"
+
+    def __init__(self, *, to: str) -> None:
+        self.to = to
+
+    def run(self, run: Run) -> None:
+        """Load the snapshot into `run.model`."""
+        if run.state["selections"]:
+            raise RecipeError(f"{run.stage}: rewind after prune would undo the pruning; put it before")
+        _load_all_but_selector(run.model, run.snapshot(self.to))
+        run.keep_weights()
+
+
+class Reset:
+    """Start again from fresh initial weights; the selector keeps what it learned.
+
+    Args:
+        reseed: draw other initial weights than the first ones.
+    """
+
+    name = "reset"
+
+    def __init__(self, *, reseed: bool = False) -> None:
+        self.reseed = reseed
+
+    def run(self, run: Run) -> None:
+        """Give `run.model` initial weights."""
+        if run.state["selections"]:
+            raise RecipeError(f"{run.stage}: reset after prune would undo the pruning; put it before")
+        seed = run.seed(run.stage, "weights") if self.reseed else run.seed("weights")
+        _load_all_but_selector(run.model, run.build_model(seed).state_dict())
+        run.keep_weights()
+
+
+class Prune:
+    """Remove what the selector decided to leave out, physically: a smaller model, the same predictions."""
+
+    name = "prune"
+
+    def run(self, run: Run) -> None:
+        """Replace `run.model` by its smaller version."""
+        before = run.model.bytes()
+        selection = run.model.selector.kept()
+        whole = is_everything(selection, run.model.embedding.fields)
+        run.apply_selection(selection)
+        run.keep_weights()
+        after = run.model.bytes()
+        if run.world.leads:
+            write_json(run.stage_folder / "prune.json", {"bytes_before": before, "bytes_after": after})
+        nothing = " (the selector kept everything)" if whole else ""
+        run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
+
+
+class Evaluate:
+    """Score every row of the splits once and measure.
+
+    Args:
+        metrics: names of metrics.
+        splits: names of splits; by default validation and test, as far as there are any.
+    """
+
+    name = "evaluate"
+
+    def __init__(
+        self,
+        *,
+        metrics: tuple[Annotated[str, Named("metric")], ...] = ("auc", "logloss"),
+        splits: tuple[Literal["train", "valid", "test"], ...] | None = None,
+    ) -> None:
+        self.metrics = metrics
+        self.splits = splits
+
+    def run(self, run: Run) -> None:
+        """Fill `run.scores`."""
+        metrics = {name: _metric(run, name) for name in self.metrics}
+        names = self.splits or tuple(name for name in ("valid", "test") if name in run.splits)
+        if not names:
+            raise RecipeError(f"{run.stage}: the data has neither a valid nor a test split; give `splits: [train]`")
+        for name in names:
+            shards = run.split(name)
+            predictions = predict(run.model, shards, run.train.eval_batch_size, run.world, run.device)
+            run.scores.setdefault(name, {}).update(measure(predictions, metrics))
+        if run.world.leads:
+            write_json(run.stage_folder / "metrics.json", {name: _plain(run.scores[name]) for name in names})
+            run.console.print(_table(run, names))
+
+
+class Export:
+    """Write the trained model with all that is needed to use it: weights, encoder, schema, recipe, hashes."""
+
+    name = "export"
+
+    def run(self, run: Run) -> None:
+        """Write the folder `export` of the run."""
+        if not run.world.leads:
+            return
+        folder = run.folder / "export"
+        run.encoder.save(folder / "encoder")
+        save_tensors(folder / "model.safetensors", run.model.state_dict())
+        write_json(folder / "recipe.json", run.recipe)
+        write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
+        for index, name in enumerate(run.state["selections"]):
+            (folder / f"selection-{index}.safetensors").write_bytes((run.folder / name).read_bytes())
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+        write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
+        run.say(f"{run.stage}: {folder}")
+
+
+def _load_all_but_selector(model: Model, weights: Mapping[str, Any]) -> None:
+    own = {name: t for name, t in model.state_dict().items() if name.startswith(SELECTOR_PREFIX)}
+    model.load_state_dict({**weights, **own})
+
+
+def _metric(run: Run, name: str) -> Metric:
+    metric = run.metric(name)
+    for need in metric.needs:
+        if need not in run.schema.context:
+            raise RecipeError(
+                f"{run.stage}: the metric '{name}' needs the context column '{need}'; "
+                f"name one under data.context, for instance `{need}: user`"
+            )
+    return metric
+
+
+def _plain(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN; an undefined metric is null."""
+    return {name: None if math.isnan(value) else value for name, value in scores.items()}
+
+
+def _table(run: Run, names: tuple[str, ...]) -> TextTable:
+    best = {name: run.reference(name) if run.reference else {} for name in names}
+    columns = list(dict.fromkeys(metric for name in names for metric in run.scores[name]))
+    table = TextTable(title=run.stage, title_justify="left")
+    table.add_column("split")
+    table.add_column("rows", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+        if any(column in known for known in best.values()):
+            table.add_column(f"best possible {column}", justify="right")
+    for name in names:
+        cells = [name, f"{len(run.splits[name]):,}"]
+        for column in columns:
+            value = run.scores[name][column]
+            cells.append("undefined" if math.isnan(value) else f"{value:.5f}")
+            if any(column in known for known in best.values()):
+                cells.append(f"{best[name][column]:.5f}" if column in best[name] else "–")
+        table.add_row(*cells)
+    return table
