@@ -1,0 +1,194 @@
+"""The encoder: learns vocabularies and number scales on the train split, then turns raw rows into ids and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from recsys.contracts import UNKNOWN_ID, EncodedSchema, Field, History
+from recsys.data import encoder_files
+from recsys.data.blocks import EncodedColumns, Ragged, blocks, check_lengths, flatten
+from recsys.data.fit import Learned, learn
+from recsys.data.numeric import NumericSpec
+from recsys.data.report import SplitReport
+from recsys.data.schema import Categorical, DataConfig
+from recsys.data.values import Where, comparable, context, labels, numbers, where_in, with_nulls
+from recsys.data.vocabulary import Ids, Lookup
+from recsys.errors import DataError, did_you_mean, listing
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A fitted encoder: a value without code, saved as JSON and Parquet.
+
+    Args:
+        config: the recipe's data block.
+        lookups: field that owns a vocabulary → the vocabulary or hash buckets.
+        numerics: numeric field → its fitted transform.
+    """
+
+    config: DataConfig
+    lookups: Mapping[str, Lookup]
+    numerics: Mapping[str, NumericSpec]
+
+    @classmethod
+    def fit(
+        cls, logs: pl.LazyFrame, config: DataConfig, *, where: Where | None = None, what: str = "the train split"
+    ) -> Encoder:
+        """Learn from the train split, in one pass and in memory bounded by `config.batch_rows` and the vocabularies.
+
+        Args:
+            logs: raw rows of the train split.
+            config: the recipe's data block.
+            where: names the file and row of a bad value; by default its row number only.
+            what: how errors call the logs.
+
+        Raises:
+            DataError: a column is missing, all null, or of an unusable type; a label is not 0 or 1, or all are equal.
+        """
+        require(logs, config.columns(), what)
+        learned: Learned = learn(logs, config, where or where_in(logs), what)
+        return cls(config, learned.lookups, learned.numerics)
+
+    @cached_property
+    def schema(self) -> EncodedSchema:
+        """Inputs in order: categorical fields, then numeric ones, each as listed in the recipe."""
+        fields = [Field(n, self.lookup(n).rows, shares=o.share) for n, o in self.config.categorical.items()]
+        for name, spec in self.numerics.items():
+            quantile = spec.transform == "quantile"
+            fields.append(Field(name, spec.rows if quantile else 2, numeric=not quantile))
+        histories = [
+            History(n, (Field(n, self.lookup(n).rows, shares=o.share),), o.max_length)
+            for n, o in self.config.multi_valued.items()
+        ]
+        for group, sequence in self.config.sequences.items():
+            columns = tuple(
+                Field(column, self.lookup(target).rows, shares=self.owner(target))
+                for target, column in sequence.columns.items()
+            )
+            histories.append(History(group, columns, sequence.max_length, tuple(sequence.columns)))
+        return EncodedSchema(tuple(fields), tuple(histories), tuple(self.config.label), tuple(self.config.context))
+
+    def owner(self, field: str) -> str:
+        """Return the field whose vocabulary a categorical or multi-valued field uses: itself, or the one it shares."""
+        return self.config.options(field).share or field
+
+    def lookup(self, field: str) -> Lookup:
+        """Return the vocabulary or the hash buckets that a categorical or multi-valued field uses."""
+        return self.lookups[self.owner(field)]
+
+    def transform(
+        self,
+        logs: pl.LazyFrame,
+        *,
+        labels: bool = True,
+        report: SplitReport | None = None,
+        where: Where | None = None,
+        what: str = "the logs",
+    ) -> Iterator[EncodedColumns]:
+        """Yield encoded blocks in the order of the logs.
+
+        Args:
+            logs: raw rows with the columns of the recipe; others are ignored.
+            labels: whether to read labels and context columns too; not when predicting.
+            report: counts of missing, unknown, non-finite and cut values are added to it.
+            where: names the file and row of a bad value; by default its row number only.
+            what: how errors call the logs.
+
+        Raises:
+            DataError: a column is missing or of an unusable type, a number or a label cannot be read.
+        """
+        needed = self.config.columns(labels=labels)
+        require(logs, needed, what)
+        worker = _Block(self, where or where_in(logs), SplitReport() if report is None else report, labels)
+        for _, block in blocks(logs, needed, self.config.batch_rows, what):
+            yield worker.encode(block)
+
+    def save(self, folder: Path) -> None:
+        """Write `encoder.json` and `vocabulary/*.parquet`, with a sha256 of each vocabulary in the JSON."""
+        encoder_files.write(folder, self.config, self.lookups, self.numerics)
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoder:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: a file is missing, unreadable or altered.
+        """
+        return cls(*encoder_files.read(folder))
+
+
+def require(logs: pl.LazyFrame, columns: tuple[str, ...], what: str) -> None:
+    """Raise a `DataError` with the nearest name when the logs lack one of `columns`."""
+    known = logs.collect_schema().names()
+    for column in columns:
+        if column not in known:
+            raise DataError(f"{what}: no column {column!r}.{did_you_mean(column, known)} Columns: {listing(known)}")
+
+
+@dataclass
+class _Block:
+    """Encodes block after block, adding to the report."""
+
+    encoder: Encoder
+    where: Where
+    report: SplitReport
+    labelled: bool
+
+    def encode(self, block: pl.DataFrame) -> EncodedColumns:
+        config = self.encoder.config
+        self.report.rows += block.height
+        ids = {name: self._ids(name, name, block[name]) for name in config.categorical}
+        values = {}
+        for name, spec in self.encoder.numerics.items():
+            read = numbers(block[name], config.numeric[name].null_values, self.where)
+            self.report.column(name).add(null=read.nulls, non_finite=read.non_finite)
+            if spec.transform == "quantile":
+                ids[name] = spec.bucket_ids(read.value)
+            else:
+                values[name] = spec.values(read.value)
+        history = {name: self._bag(name, block[name]) for name in config.multi_valued}
+        history |= {group: self._events(group, block) for group in config.sequences}
+        label, beside = {}, {}
+        if self.labelled:
+            for task, rule in config.label.items():
+                label[task] = labels(block[rule.column], rule, self.where)
+                positives = self.report.positives
+                positives[task] = positives.get(task, 0) + int(label[task].sum())
+            beside = {str(n): context(n, block[c], self.where) for n, c in config.context.items()}
+        return EncodedColumns(block.height, ids, values, history, label, beside)
+
+    def _ids(self, field: str, column: str, raw: pl.Series) -> Ids:
+        """Encode one value per row (or per event) with the vocabulary of `field`, counting under `column`."""
+        options: Categorical = self.encoder.config.options(field)
+        lookup = self.encoder.lookup(field)
+        marked = with_nulls(raw, options.null_values or ())
+        if marked.dtype.is_float():
+            marked = marked.fill_nan(None)
+        present = marked.is_not_null().to_numpy()
+        ids = lookup.ids(comparable(marked, lookup.kind, self.where), present)
+        missing = len(present) - int(present.sum())
+        self.report.column(column).add(null=missing, unknown=int((ids == UNKNOWN_ID).sum()))
+        return ids
+
+    def _bag(self, name: str, raw: pl.Series) -> Ragged:
+        options = self.encoder.config.multi_valued[name]
+        flat, length, cut = flatten(raw, options.separator, options.max_length)
+        self.report.column(name).add(null=int((length == 0).sum()), cut=cut)
+        return Ragged(self._ids(name, name, flat)[:, None], length)
+
+    def _events(self, group: str, block: pl.DataFrame) -> Ragged:
+        sequence = self.encoder.config.sequences[group]
+        columns = list(sequence.columns.values())
+        check_lengths(block, columns, sequence.separator, self.where)
+        parts = []
+        for target, column in sequence.columns.items():
+            flat, length, cut = flatten(block[column], sequence.separator, sequence.max_length)
+            self.report.column(column).add(null=int((length == 0).sum()), cut=cut)
+            parts.append(self._ids(target, column, flat))
+        return Ragged(np.stack(parts, axis=1).astype(np.int64, copy=False), length)

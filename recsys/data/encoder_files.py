@@ -1,0 +1,88 @@
+"""The encoder on disk: `encoder.json` and one Parquet file per vocabulary, each with its sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import ValidationError
+
+from recsys.data.numeric import NumericSpec
+from recsys.data.schema import DataConfig
+from recsys.data.values import STORED
+from recsys.data.vocabulary import Buckets, Lookup, Vocabulary
+from recsys.errors import DataError
+
+VERSION = 1
+"""Raised when the same raw rows would be encoded differently, or the files are laid out differently."""
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(folder: Path, config: DataConfig, lookups: Mapping[str, Lookup], numerics: Mapping[str, NumericSpec]) -> None:
+    """Write an encoder into `folder`."""
+    vocabulary = folder / "vocabulary"
+    vocabulary.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, Any] = {}
+    for number, (field, lookup) in enumerate(lookups.items()):
+        if isinstance(lookup, Buckets):
+            entries[field] = {"kind": lookup.kind, "buckets": lookup.size}
+            continue
+        name = f"{field if _PLAIN.fullmatch(field) else f'field-{number}'}.parquet"
+        lookup.values.alias("value").to_frame().write_parquet(vocabulary / name)
+        entries[field] = {"kind": lookup.kind, "file": name, "sha256": sha256_of(vocabulary / name)}
+    body = {
+        "version": VERSION,
+        "config": config.model_dump(mode="json", exclude={"source", "dataset"}),
+        "lookups": entries,
+        "numerics": {name: asdict(spec) for name, spec in numerics.items()},
+    }
+    text = json.dumps(body, indent=1, ensure_ascii=False)
+    (folder / "encoder.json").write_text(text, encoding="utf-8")
+
+
+def read(folder: Path) -> tuple[DataConfig, dict[str, Lookup], dict[str, NumericSpec]]:
+    """Read an encoder from `folder`.
+
+    Raises:
+        DataError: a file is missing, unreadable, of another version, or altered since it was written.
+    """
+    path = folder / "encoder.json"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body["version"] != VERSION:
+            raise DataError(f"{path}: written by version {body['version']} of the encoder; this is version {VERSION}")
+        config = DataConfig.model_validate({**body["config"], "source": {}})
+        lookups = {field: _lookup(folder / "vocabulary", entry) for field, entry in body["lookups"].items()}
+        numerics = {n: NumericSpec(**{**s, "bounds": tuple(s["bounds"])}) for n, s in body["numerics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise DataError(f"{path}: not a readable encoder: {error}") from error
+    return config, lookups, numerics
+
+
+def _lookup(folder: Path, entry: Mapping[str, Any]) -> Lookup:
+    kind, name = entry["kind"], entry.get("file")
+    if kind not in STORED:
+        raise ValueError(f"unknown kind {kind!r}")
+    if name is None:
+        return Buckets(kind, int(entry["buckets"]))
+    path = folder / str(name)
+    if path.name != name:
+        raise ValueError(f"{name!r} is no plain file name")
+    if sha256_of(path) != entry["sha256"]:
+        raise DataError(f"{path}: the vocabulary was altered after it was written (sha256 differs)")
+    values = pl.read_parquet(path)["value"]
+    if values.dtype != STORED[kind]:
+        raise DataError(f"{path}: holds {values.dtype}, expected {STORED[kind]}")
+    return Vocabulary(kind, values)

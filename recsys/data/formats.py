@@ -1,0 +1,156 @@
+"""One file of logs to a lazy frame, with errors that name the file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+import polars as pl
+
+from recsys.errors import DataError, did_you_mean, listing
+
+Format = Literal["parquet", "csv", "tsv", "ndjson", "ipc"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SUFFIXES: Mapping[str, Format] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".ndjson": "ndjson",
+    ".jsonl": "ndjson",
+    ".arrow": "ipc",
+    ".feather": "ipc",
+    ".ipc": "ipc",
+}
+_SEPARATORS = (";", "\t", "|", ",")
+_HEADER_BYTES = 1 << 20
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path belongs to an object store or a web server, which Polars reads itself."""
+    return "://" in path
+
+
+def format_of(path: str, given: str | None) -> Format:
+    """Return the format that was given, or the one that the file's extension says."""
+    if given is not None:
+        for known in FORMATS:
+            if given == known:
+                return known
+        raise DataError(f"unknown format {given!r}.{did_you_mean(given, FORMATS)} Formats: {listing(FORMATS)}")
+    suffix = Path(path).suffix.lower()
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    raise DataError(f"{path}: cannot tell the format from {suffix or 'a name without extension'!r}; set `format`")
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn what Polars or the system raises while reading `path` into a `DataError` that names it."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+        hint = _utf8_hint(path) if "utf" in first.lower() else ""
+        hint = hint or (" (is the file truncated?)" if "PAR1" in first or "out of spec" in first else "")
+        raise DataError(f"{path}: cannot be read: {first}{hint}") from error
+
+
+def scan_file(path: str, kind: Format, separator: str | None, hive: bool) -> pl.LazyFrame:
+    """Return the rows of one file; the columns of CSV and TSV files are all text.
+
+    Raises:
+        DataError: the file is missing, empty, truncated, or its header is unusable.
+    """
+    if not is_remote(path):
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file")
+        if Path(path).stat().st_size == 0:
+            raise DataError(f"0 rows in {path}: the file is empty (0 bytes)")
+    separator = separator or ("\t" if kind == "tsv" else ",")
+    if kind in ("csv", "tsv") and not is_remote(path):
+        check_header(path, separator)
+    with naming(path):
+        if kind == "parquet":
+            frame = pl.scan_parquet(path, hive_partitioning=False)
+        elif kind == "ipc":
+            frame = pl.scan_ipc(path, hive_partitioning=False)
+        elif kind == "ndjson":
+            frame = pl.scan_ndjson(path, infer_schema_length=None)
+        else:
+            frame = pl.scan_csv(path, separator=separator, infer_schema=False)
+        known = frame.collect_schema()
+    folders = _folder_columns(path) if hive else {}
+    return frame.with_columns(pl.lit(v).alias(c) for c, v in folders.items() if c not in known)
+
+
+def _folder_columns(path: str) -> dict[str, str | int]:
+    """Read `…/day=3/part.parquet` as `{day: 3}`."""
+    pairs = (part.split("=", 1) for part in path.split("/")[:-1] if "=" in part)
+    return {name: int(value) if value.isdecimal() else value for name, value in pairs}
+
+
+def check_header(path: str, separator: str) -> None:
+    """Refuse a header with one column where another separator would give more, or with repeated names.
+
+    Raises:
+        DataError: naming the file, and both positions of a repeated name.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        line = file.readline(_HEADER_BYTES)
+    names = next(csv.reader([line], delimiter=separator), [])
+    better = [s for s in _SEPARATORS if s != separator and s in line]
+    if len(names) <= 1 and better:
+        near = max(better, key=line.count)
+        raise DataError(f"{path}: 1 column found with separator {separator!r}, did you mean separator {near!r}?")
+    positions: dict[str, int] = {}
+    for position, name in enumerate(names, start=1):
+        if name in positions:
+            raise DataError(f"{path}: column {name!r} appears twice, at positions {positions[name]} and {position}")
+        positions[name] = position
+
+
+def row_of_bad_field_count(path: str, separator: str) -> tuple[int, int, int, str] | None:
+    """Find the first row of a text file that has too many or too few fields.
+
+    Lines are counted without parsing them: quoted parts are removed first. A file in which a quoted value spans
+    lines cannot be checked so, and is left to the parser.
+
+    Returns:
+        (line number, number of fields, number of columns, the line), or None when all rows agree.
+    """
+    line = pl.col("line")
+    bare = line.str.replace_all(r'"[^"]*"', "").str.strip_chars_end("\r")
+    fields = bare.str.count_matches(separator, literal=True).cast(pl.Int64) + 1
+    lines = pl.scan_csv(
+        path, separator="\x01", quote_char=None, has_header=False, new_columns=["line"], infer_schema=False
+    ).with_row_index("number", offset=1)
+    with naming(path):
+        checked = lines.with_columns(
+            fields=fields, open=bare.str.contains('"', literal=True), expected=fields.first()
+        ).filter(line.is_not_null())
+        bad = checked.filter(pl.col("open") | (pl.col("fields") != pl.col("expected"))).head(1).collect()
+    if bad.is_empty() or bad["open"][0]:
+        return None
+    number, text, found, _, expected = bad.row(0)
+    return number, found, expected, text
+
+
+def _utf8_hint(path: str) -> str:
+    """Name the line of the first byte that is not UTF-8, reading the file in chunks."""
+    if is_remote(path):
+        return ""
+    seen = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            chunk += file.readline()
+            try:
+                chunk.decode("utf-8")
+            except UnicodeDecodeError as error:
+                line = seen + chunk.count(b"\n", 0, error.start) + 1
+                return f" (line {line} is not UTF-8: byte 0x{chunk[error.start]:02x}; save the file as UTF-8)"
+            seen += chunk.count(b"\n")
+    return ""

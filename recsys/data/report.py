@@ -1,0 +1,89 @@
+"""What encoding met: missing, unknown, non-finite and cut values per column and split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class ColumnCounts:
+    """Counts of one column.
+
+    Of a list column, `null` counts rows without events and null events, `unknown` events, `cut` shortened rows.
+    """
+
+    null: int = 0
+    unknown: int = 0
+    non_finite: int = 0
+    cut: int = 0
+
+    def add(self, *, null: int = 0, unknown: int = 0, non_finite: int = 0, cut: int = 0) -> None:
+        """Add the counts of a block."""
+        self.null += null
+        self.unknown += unknown
+        self.non_finite += non_finite
+        self.cut += cut
+
+
+@dataclass
+class SplitReport:
+    """Counts of one split: rows, positives per task, and per column."""
+
+    rows: int = 0
+    positives: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, ColumnCounts] = field(default_factory=dict)
+
+    def column(self, name: str) -> ColumnCounts:
+        """Return the counts of a column, started at zero."""
+        return self.columns.setdefault(name, ColumnCounts())
+
+
+@dataclass
+class EncodeReport:
+    """Counts of every split, and what deserves a warning."""
+
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return header and rows (split, column, counts with their share of the rows); columns without are left out."""
+        header = ("split", "column", "missing", "unknown", "not finite", "cut")
+        rows = [
+            (split, name, *(_share(n, counts.rows) for n in (c.null, c.unknown, c.non_finite, c.cut)))
+            for split, counts in self.splits.items()
+            for name, c in counts.columns.items()
+            if c.null or c.unknown or c.non_finite or c.cut
+        ]
+        return header, rows
+
+    def __str__(self) -> str:
+        lines = [
+            f"{split}: {s.rows:,} rows; " + ", ".join(f"{t} {_share(p, s.rows)}" for t, p in s.positives.items())
+            for split, s in self.splits.items()
+        ]
+        header, rows = self.table()
+        if rows:
+            width = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+            lines += ["  ".join(cell.ljust(w) for cell, w in zip(r, width, strict=True)) for r in [header, *rows]]
+        if self.ignored:
+            lines.append(f"columns not used: {', '.join(self.ignored)}")
+        return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "ignored": list(self.ignored)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> EncodeReport:
+        """Read what `to_json` gave."""
+        splits = {
+            name: SplitReport(s["rows"], s["positives"], {c: ColumnCounts(**n) for c, n in s["columns"].items()})
+            for name, s in value["splits"].items()
+        }
+        return cls(splits, list(value["warnings"]), tuple(value["ignored"]))
+
+
+def _share(n: int, rows: int) -> str:
+    return f"{n:,} ({n / rows:.2%})" if rows else f"{n:,}"

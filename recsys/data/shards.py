@@ -1,0 +1,277 @@
+"""Encoded rows on disk: packed records, memory-mapped, gathered a whole batch at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from recsys.contracts import Batch, EncodedSchema, Field, History
+from recsys.data.blocks import EncodedColumns
+from recsys.data.encode import Encoder
+from recsys.data.encoder_files import sha256_of
+from recsys.data.layout import Bytes, Layout
+from recsys.data.report import SplitReport
+from recsys.data.shard_files import MANIFEST, VERSION, Part, ShardWriter, event_type
+from recsys.data.values import Where
+from recsys.errors import DataError
+
+Rows = npt.NDArray[np.int64]
+
+
+def write_shards(
+    encoder: Encoder,
+    logs: pl.LazyFrame,
+    folder: Path,
+    *,
+    report: SplitReport | None = None,
+    where: Where | None = None,
+    what: str = "the logs",
+    progress: Callable[[int], None] | None = None,
+) -> Shards:
+    """Encode raw rows, labels and context included, and write them under `folder`.
+
+    Args:
+        encoder: fitted on the train split.
+        logs: raw rows.
+        folder: must not exist yet; it appears only when it is complete.
+        report: counts of missing, unknown, non-finite and cut values are added to it.
+        where: names the file and row of a bad value; by default its row number only.
+        what: how errors call the logs.
+        progress: called with the number of rows written so far.
+
+    Raises:
+        DataError: no rows, values that cannot be encoded, or the folder exists.
+    """
+    counts = SplitReport() if report is None else report
+
+    def told() -> Iterator[EncodedColumns]:
+        for block in encoder.transform(logs, report=counts, where=where, what=what):
+            yield block
+            if progress is not None:
+                progress(counts.rows)
+        if not counts.rows:
+            raise DataError(f"0 rows in {what}")
+
+    return write_blocks(encoder.schema, told(), folder, shard_rows=encoder.config.shard_rows)
+
+
+def write_blocks(
+    schema: EncodedSchema, blocks: Iterable[EncodedColumns], folder: Path, *, shard_rows: int = 1 << 22
+) -> Shards:
+    """Write encoded blocks under `folder`, which appears only when it is complete.
+
+    Args:
+        schema: of the encoder that made the blocks.
+        blocks: encoded rows, in order.
+        folder: must not exist yet.
+        shard_rows: rows per file.
+
+    Raises:
+        DataError: no rows, or the folder exists.
+    """
+    if folder.exists():
+        raise DataError(f"{folder}: exists already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        writer = ShardWriter(temporary, Layout.of(schema), shard_rows)
+        for block in blocks:
+            writer.add(block)
+        parts = writer.close()
+        if not parts:
+            raise DataError(f"0 rows to write to {folder}")
+        manifest = {"version": VERSION, "schema": asdict(schema), "parts": [asdict(p) for p in parts]}
+        with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Shards.open(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class _Events:
+    """The lists of one group in one part: row i has events `offsets[i] : offsets[i + 1]` of `values [E, K]`."""
+
+    offsets: npt.NDArray[np.int64]
+    values: npt.NDArray[Any]
+
+
+class Shards:
+    """The encoded rows of one split, read-only.
+
+    Rows are numbered from 0 in the order of the logs. The object holds memory maps only, so it is cheap to open and
+    may be used by many processes at once.
+    """
+
+    def __init__(self, folder: Path, schema: EncodedSchema, parts: tuple[Part, ...], in_memory: bool) -> None:
+        self.folder = folder
+        self.schema = schema
+        self._parts = parts
+        self._layout = Layout.of(schema)
+        self._starts = np.cumsum([0, *(p.rows for p in parts)])
+        self._records = [
+            _map(folder / p.records, np.dtype(np.uint8), in_memory).reshape(p.rows, self._layout.size) for p in parts
+        ]
+        self._events = [[self._open_events(p, i, h, in_memory) for i, h in enumerate(schema.histories)] for p in parts]
+
+    def _open_events(self, part: Part, index: int, history: History, in_memory: bool) -> _Events:
+        offsets, values = part.events[index]
+        mapped = _map(self.folder / values, event_type(history), in_memory)
+        return _Events(
+            _map(self.folder / offsets, np.dtype("<i8"), in_memory), mapped.reshape(-1, len(history.columns))
+        )
+
+    @classmethod
+    def open(cls, folder: Path, *, in_memory: bool = False) -> Shards:
+        """Open what `write_shards` wrote.
+
+        Args:
+            folder: the folder of one split.
+            in_memory: read everything into memory instead of mapping the files.
+
+        Raises:
+            DataError: the folder is incomplete, of another version, or a file has another size than written.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise DataError(f"{folder}: no complete encoded data (no {MANIFEST})")
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            if body["version"] != VERSION:
+                raise DataError(f"{path}: version {body['version']}, expected {VERSION}; encode the data again")
+            schema = schema_from_json(body["schema"])
+            parts = tuple(Part.from_json(p) for p in body["parts"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a readable manifest: {error}") from error
+        for part in parts:
+            for name, (size, _) in part.files.items():
+                file = folder / name
+                found = file.stat().st_size if file.is_file() else None
+                if found != size:
+                    state = "is missing" if found is None else f"has {found} bytes"
+                    raise DataError(f"{file}: {state}, expected {size} bytes; encode the data again")
+        return cls(folder, schema, parts, in_memory)
+
+    def verify(self) -> None:
+        """Compare the sha256 of every file with the manifest.
+
+        Raises:
+            DataError: naming the first file that differs.
+        """
+        for part in self._parts:
+            for name, (_, digest) in part.files.items():
+                if sha256_of(self.folder / name) != digest:
+                    raise DataError(f"{self.folder / name}: altered after it was written (sha256 differs)")
+
+    def digests(self) -> tuple[str, ...]:
+        """Return the sha256 of every file, as the manifest has it."""
+        return tuple(digest for part in self._parts for _, digest in part.files.values())
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def gather(self, rows: Rows) -> Batch:
+        """Return the batch of `rows [B]` int64, in that order; a row may appear more than once.
+
+        Raises:
+            IndexError: a row number is not in `[0, len)`.
+        """
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows must lie in [0, {len(self)})")
+        if len(self._parts) == 1:
+            records = self._records[0].take(rows, axis=0)  # [B, record]
+            inside = [(0, slice(None), rows)]
+        else:
+            part = np.searchsorted(self._starts, rows, side="right") - 1
+            inside = [(int(p), part == p, rows[part == p] - self._starts[p]) for p in np.unique(part)]
+            records = np.empty((len(rows), self._layout.size), np.uint8)
+            for p, mask, local in inside:
+                records[mask] = self._records[p].take(local, axis=0)
+        return self._batch(records, self._histories(len(rows), inside))
+
+    def _batch(self, records: Bytes, history: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Batch:
+        ids, values, label, context = self._layout.unpack(records)
+        return Batch(
+            ids=torch.from_numpy(ids),
+            values=None if values is None else torch.from_numpy(values),
+            history=history,
+            label={k: torch.from_numpy(v) for k, v in label.items()},
+            context={k: torch.from_numpy(v) for k, v in context.items()},
+        )
+
+    def _histories(self, size: int, inside: list[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        found = {}
+        for index, history in enumerate(self.schema.histories):
+            length = np.zeros(size, np.int64)
+            for p, mask, local in inside:
+                offsets = self._events[p][index].offsets
+                length[mask] = offsets[local + 1] - offsets[local]
+            longest = max(int(length.max(initial=0)), 1)
+            ids = np.zeros((size, longest, len(history.columns)), np.int64)  # [B, L, K], NULL_ID where padded
+            for p, mask, local in inside:
+                ids[mask] = _padded(self._events[p][index], local, longest)
+            found[history.name] = (torch.from_numpy(ids), torch.from_numpy(length))
+        return found
+
+    def labels(self, task: str) -> npt.NDArray[np.uint8]:
+        """Return the labels of all rows, `[rows]` uint8."""
+        run = self._layout.labels[self.schema.tasks.index(task)]
+        return np.concatenate([run.of(r)[:, 0] for r in self._records])
+
+
+def _padded(events: _Events, rows: Rows, longest: int) -> npt.NDArray[np.int64]:
+    """Return the lists of `rows [B]` as `[B, L, K]`, zero (`NULL_ID`) after their end."""
+    start, end = events.offsets[rows], events.offsets[rows + 1]
+    at = start[:, None] + np.arange(longest)  # [B, L]
+    real = at < end[:, None]
+    if not len(events.values):
+        return np.zeros((len(rows), longest, events.values.shape[1]), np.int64)
+    ids = events.values.take(np.where(real, at, 0), axis=0).astype(np.int64)  # [B, L, K]
+    ids *= real[:, :, None]
+    return ids
+
+
+def _map(path: Path, dtype: np.dtype[Any], in_memory: bool) -> npt.NDArray[Any]:
+    """Map a file of numbers read-only, or read it; an empty file cannot be mapped."""
+    if in_memory or path.stat().st_size == 0:
+        return np.fromfile(path, dtype)
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+def schema_from_json(body: dict[str, Any]) -> EncodedSchema:
+    """Read what `dataclasses.asdict` of an `EncodedSchema` became in JSON."""
+    return EncodedSchema(
+        fields=tuple(Field(**f) for f in body["fields"]),
+        histories=tuple(
+            History(h["name"], tuple(Field(**f) for f in h["columns"]), h["max_length"], tuple(h["target"]))
+            for h in body["histories"]
+        ),
+        tasks=tuple(body["tasks"]),
+        context=tuple(body["context"]),
+    )
