@@ -39,20 +39,25 @@ class Head(nn.Module):
 
     def forward(self, outputs: Sequence[Tensor], ids: Tensor, values: Tensor | None) -> dict[str, Tensor]:
         """Outputs of the interactions, each `[B, H_i]`; `[B, F], [B, F] -> {task: [B]}` in float32."""
-        logit = self.bias.float().expand(ids.shape[0], -1)  # [B, tasks]
+        logit = full(self.bias).expand(ids.shape[0], -1)  # [B, tasks]
         if self.weight is not None:
             h = torch.cat([o for o, done in zip(outputs, self.is_logit, strict=True) if not done], 1)
-            logit = logit + nn.functional.linear(h, self.weight).float()
+            logit = logit + full(nn.functional.linear(h, self.weight))
         for output, done in zip(outputs, self.is_logit, strict=True):
             if done:
-                logit = logit + output.float().sum(1, keepdim=True)
+                logit = logit + full(output).sum(1, keepdim=True)
         if self.wide is not None:
-            logit = logit + self.wide(ids, values).float().sum(1)  # [B, F, tasks] -> [B, tasks]
+            logit = logit + full(self.wide(ids, values)).sum(1)  # [B, F, tasks] -> [B, tasks]
         return {task: logit[:, t] for t, task in enumerate(self.tasks)}
 
     def table_parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that table-wide L2 covers."""
         return {} if self.wide is None else {"wide.weight": self.wide.weight}
+
+
+def full(x: Tensor) -> Tensor:
+    """Raise half precision to float32; sums of logits are never taken in less."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scalar(schema: EncodedSchema) -> EncodedSchema:

@@ -27,7 +27,7 @@ class FM(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, 1]`."""
-        e = e.float()
+        e = e if e.dtype == torch.float64 else e.float()  # squares of half precision lose too much
         square_of_sum = e.sum(1).square()  # [B, D]
         sum_of_squares = e.square().sum(1)  # [B, D]
         return 0.5 * (square_of_sum - sum_of_squares).sum(1, keepdim=True)  # [B, 1]

@@ -1,0 +1,59 @@
+"""Selections as values and as files."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from recsys.contracts import Fields, Selection
+from recsys.errors import RunError
+from recsys.nn.selection import KeepAll, everything, is_everything, load_selection, save_selection
+
+FIELDS = Fields(("user", "größe/é", "rows/x"), (4, 5, 6), 3)
+bits = st.lists(st.booleans(), min_size=1, max_size=9).map(lambda b: torch.tensor(b))
+names = st.sampled_from(FIELDS.names)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(names, unique=True), st.dictionaries(names, bits), st.dictionaries(names, bits))
+def test_a_file_gives_back_the_same_selection(tmp_path_factory, fields, rows, dims):
+    path = tmp_path_factory.mktemp("s") / "selection.safetensors"
+    save_selection(Selection(tuple(fields), rows, dims), path)
+    loaded = load_selection(path)
+    assert loaded.fields == tuple(fields)
+    for got, want in ((loaded.rows, rows), (loaded.dims, dims)):
+        assert set(got) == set(want)
+        assert all(torch.equal(got[k], want[k]) and got[k].dtype == torch.bool for k in want)
+
+
+def test_views_are_saved_without_what_they_are_a_view_of(tmp_path):
+    mask = torch.zeros(100_000, dtype=torch.bool)[:10]
+    save_selection(Selection(("a",), {"a": mask}), tmp_path / "s")
+    assert (tmp_path / "s").stat().st_size < 1000
+
+
+def test_other_files_are_refused_by_name(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "weights")
+    (tmp_path / "torn").write_bytes(b"\x99" * 20)
+    for name in ("weights", "torn", "absent"):
+        with pytest.raises(RunError, match=name):
+            load_selection(tmp_path / name)
+
+
+def test_everything_and_what_is_less():
+    assert is_everything(everything(FIELDS), FIELDS)
+    assert is_everything(Selection(FIELDS.names, {"user": torch.ones(4)}), FIELDS)
+    assert not is_everything(Selection(FIELDS.names[1:]), FIELDS)
+    assert not is_everything(Selection(FIELDS.names, {"user": torch.tensor([1, 0, 1, 1])}), FIELDS)
+    assert not is_everything(Selection(FIELDS.names, dims={"user": torch.tensor([1, 0, 1])}), FIELDS)
+
+
+def test_keep_all_is_the_identity():
+    selector = KeepAll(FIELDS)
+    e = torch.randn(2, 3, 3)
+    assert selector(e, torch.zeros(2, 3, dtype=torch.int64)) is e
+    assert selector.penalty().item() == 0.0
+    assert is_everything(selector.kept(), FIELDS)
+    assert {k: v.item() for k, v in selector.scores().items()} == dict.fromkeys(FIELDS.names, 1.0)
+    assert not selector.state_dict()
