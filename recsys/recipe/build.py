@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,15 +51,17 @@ def build_source(recipe: Recipe, registry: Registry, root: DataRoot) -> Source:
 def prepare_data(recipe: Recipe, source: Source, console: Console, world: World) -> Prepared:
     """Encode the splits, or take them from the cache; one process of each machine does it for the others."""
 
-    def work(progress: Callable[[int], None] | None) -> Prepared:
-        return prepare(recipe.data, source, cache_folder(), progress=progress)
-
     if world.local_rank == 0:
         with bar(console, disable=not world.leads) as progress:
-            task = progress.add_task("encoding rows", total=None)
-            prepared = work(lambda rows: progress.advance(task, rows))
+            task = progress.add_task("reading the data", total=None)
+            prepared = prepare(
+                recipe.data,
+                source,
+                cache_folder(),
+                progress=lambda what, rows: progress.update(task, description=what, completed=rows),
+            )
     wait_for_all()
-    return prepared if world.local_rank == 0 else work(None)
+    return prepared if world.local_rank == 0 else prepare(recipe.data, source, cache_folder())
 
 
 def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed: int) -> Model:

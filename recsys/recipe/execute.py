@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from recsys.contracts import Stage
 from recsys.data.encode import Encoder
@@ -139,8 +140,10 @@ class Session:
         parameters = sum(p.numel() for p in run.model.parameters())
         rows = ", ".join(f"{name} {len(shards):,}" for name, shards in prepared.splits.items())
         run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters · {self.folder}")
-        for remark in prepared.report.remarks():
-            run.say(f"[yellow]{remark}[/yellow]")
+        if world.leads and not self.resume:
+            write_json(self.folder / "data.json", prepared.report.to_json())
+            for warning in prepared.report.warnings:
+                run.say(f"[yellow]warning: {escape(warning)}[/yellow]")
         run.model.to(run.device)
         run_stages(run, self.recipe, self.registry)
         return run

@@ -51,7 +51,7 @@ def predict(
     model.eval()
     columns: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for batch in EvalBatches(shards, batch_size, rank=world.rank, ranks=world.size):
+        for _, batch in EvalBatches(shards, batch_size, rank=world.rank, ranks=world.size):
             _collect(columns, batch, model(batch.to(device)))
             if advance is not None:
                 advance(len(batch))

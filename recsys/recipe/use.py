@@ -1,0 +1,181 @@
+"""Use a trained run: score new rows, or measure again."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from rich.console import Console
+
+from recsys.contracts import Source
+from recsys.data.batches import EvalBatches
+from recsys.data.blocks import EncodedColumns
+
+from recsys.data.report import SplitReport
+from recsys.data.shards import Shards, write_blocks, write_shards
+from recsys.data.sources import DataRoot, Traceable
+from recsys.data.split import split_frames
+from recsys.errors import DataError, RecipeError, did_you_mean, listing
+from recsys.plugin.registry import Registry
+from recsys.recipe.build import build_source, data_root, load_trained
+from recsys.recipe.check import Recipe
+from recsys.train.progress import bar
+from recsys.train.run import Run, Scores
+from recsys.train.stages import Evaluate
+
+
+def predict_files(
+    folder: Path,
+    registry: Registry,
+    files: Sequence[str],
+    out: Path,
+    *,
+    keep: Sequence[str] = (),
+    data_root_given: Path | None = None,
+    console: Console,
+) -> tuple[int, float]:
+    """Score raw rows, in their order, all of them; write `score` (or `score_<task>`) beside the kept columns.
+
+    Returns:
+        (rows, share of values that the encoder did not know)
+
+    Raises:
+        DataError: a column is missing or a value cannot be read.
+    """
+    recipe, run, _ = load_trained(folder, registry, console)
+    source = _source_over(recipe, registry, files, data_root_given)
+    logs = source.scan("all")
+    known = logs.collect_schema().names()
+    for column in keep:
+        if column not in known:
+            raise RecipeError(f"--keep: no column '{column}'.{did_you_mean(column, known)} Columns: {listing(known)}")
+    run.model.to(run.device)
+    with tempfile.TemporaryDirectory() as temporary, bar(console) as progress:
+        task = progress.add_task("encoding rows", total=None)
+        counts = SplitReport()
+        blocks = run.encoder.transform(
+            logs, labels=False, report=counts, where=_locator(source, "all"), what=listing(files)
+        )
+        told = _telling(blocks, lambda: progress.update(task, completed=counts.rows))
+        # Rows to be scored have inputs only.
+        schema = replace(run.schema, tasks=(), context=())
+        shards = write_blocks(schema, told, Path(temporary) / "rows")
+        columns = _scores(run, shards)
+        unknown = sum(column.unknown for column in counts.columns.values())
+        values = len(shards) * max(len(run.schema.fields), 1)
+        frame = pl.DataFrame(columns)
+        if keep:
+            frame = pl.concat([logs.select(keep).collect(), frame], how="horizontal")
+    if frame.height != len(shards):
+        raise DataError(f"{listing(files)}: {frame.height} rows were scored, {len(shards)} were read")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writers = {".parquet": frame.write_parquet, ".csv": frame.write_csv, ".ndjson": frame.write_ndjson}
+    if out.suffix not in writers:
+        raise RecipeError(f"--out: unknown ending '{out.suffix}'; known: {listing(writers)}")
+    writers[out.suffix](out)
+    return frame.height, unknown / max(values, 1)
+
+
+def evaluate_run(
+    folder: Path,
+    registry: Registry,
+    *,
+    splits: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    data_root_given: Path | None = None,
+    console: Console,
+) -> tuple[Run, Scores]:
+    """Measure a trained run again, with its own encoder, on the splits as the data is now.
+
+    Raises:
+        RecipeError: no such split or metric.
+    """
+    recipe, run, facts = load_trained(folder, registry, console)
+    names = [registry.get("metric", name).component.name for name in metrics]
+    source = build_source(recipe, registry, data_root(recipe, data_root_given))
+    frames = split_frames(source, recipe.data.split)
+    wanted = list(splits) or [name for name in ("valid", "test") if name in frames]
+    for name in wanted:
+        if name not in frames:
+            raise RecipeError(f"no split '{name}'.{did_you_mean(name, frames)} Splits: {listing(frames)}")
+    run.model.to(run.device)
+    run.reference = getattr(source, "reference", None)
+    run.scores = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        run.splits = {
+            name: write_shards(
+                run.encoder, frames[name], Path(temporary) / name, where=_locator(source, name), what=f"split {name}"
+            )
+            for name in wanted
+        }
+        run.folder = Path(temporary) / "run"
+        run.stage = "evaluate"
+        stage = _evaluate_stage(recipe, names, wanted)
+        stage.run(run)
+    return run, run.scores
+
+
+def plain_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Return scores for JSON, where an undefined metric is null."""
+    return {
+        split: {name: None if math.isnan(value) else value for name, value in values.items()}
+        for split, values in scores.items()
+    }
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """Return one line of JSON."""
+    return json.dumps(value)
+
+
+def _evaluate_stage(recipe: Recipe, metrics: Sequence[str], splits: Sequence[str]) -> Evaluate:
+    own = next((c.options for c in recipe.stages if c.name == Evaluate.name), {})
+    chosen = tuple(metrics) or tuple(own.get("metrics", ("auc", "logloss")))
+    return Evaluate(metrics=chosen, splits=tuple(splits))  # type: ignore[arg-type]
+
+
+def _scores(run: Run, shards: Shards) -> dict[str, Any]:
+    parts: dict[str, list[torch.Tensor]] = {}
+    run.model.eval()
+    with torch.inference_mode():
+        for _, batch in EvalBatches(shards, run.train.eval_batch_size):
+            for task, logit in run.model(batch.to(run.device)).items():
+                parts.setdefault(task, []).append(logit.double().sigmoid().cpu())
+    single = len(run.schema.tasks) == 1
+    return {
+        "score" if single else f"score_{task}": (torch.cat(parts[task]) if parts else torch.empty(0)).numpy()
+        for task in run.schema.tasks
+    }
+
+
+def _source_over(recipe: Recipe, registry: Registry, files: Sequence[str], given: Path | None) -> Source:
+    """Return the recipe's source over other files: side tables are joined on as in training."""
+    spec = {"use": "files", "path": list(files)}
+    if recipe.data.source.get("use") == "files":
+        kept = {k: v for k, v in recipe.data.source.items() if k not in ("train", "valid", "test", "path", "format")}
+        spec = {**kept, **spec}
+    root = data_root(recipe, given)
+    root = replace(root, candidates=(Path.cwd(), *root.candidates))
+    return build_source(replace(recipe, data=recipe.data.model_copy(update={"source": spec})), registry, root)
+
+
+def _telling(blocks: Iterator[EncodedColumns], tell: Callable[[], None]) -> Iterator[EncodedColumns]:
+    for block in blocks:
+        yield block
+        tell()
+
+
+def _locator(source: Source, split: str) -> Any:
+    if not isinstance(source, Traceable):
+        return None
+    return lambda wrong: source.where(split, wrong)
+
+
+__all__ = ["DataRoot", "as_json", "evaluate_run", "plain_scores", "predict_files"]
