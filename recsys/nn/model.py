@@ -133,10 +133,9 @@ class Model(nn.Module):
         }
 
     def bytes(self) -> int:
-        """Bytes that a serving process must hold: the embedding's tables and every other parameter and buffer."""
+        """Bytes that a serving process must hold: the embedding's tables and all other state, running statistics too."""
         tables = self.embedding.export_tables().values()
-        mine = {id(p) for p in self.embedding.parameters()}
-        others = [p for p in self.parameters() if id(p) not in mine]
+        others = [t for name, t in self.state_dict().items() if not name.startswith("embedding.")]
         return sum(t.nbytes for t in (*tables, *others))
 
 

@@ -1,0 +1,66 @@
+"""Binary cross-entropy against the formula, row by row."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.contracts import Batch
+from recsys.train.losses import BCE
+
+rows = st.lists(
+    st.tuples(st.floats(-30, 30, width=32), st.integers(0, 1), st.floats(0, 5, width=32)), min_size=1, max_size=8
+)
+
+
+def batch(labels, weights=None):
+    context = {} if weights is None else {"weight": torch.tensor(weights)}
+    return Batch(torch.zeros(len(labels), 1, dtype=torch.int64), label={"y": torch.tensor(labels)}, context=context)
+
+
+def one(z, y):
+    return max(z, 0) - z * y + math.log1p(math.exp(-abs(z)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, st.booleans())
+def test_it_is_the_mean_over_rows_of_weight_times_loss(rows, weighted):
+    z, y, w = zip(*rows, strict=True)
+    got = BCE(("y",))({"y": torch.tensor(z)}, batch([float(v) for v in y], list(w) if weighted else None))
+    want = sum((b if weighted else 1.0) * one(a, v) for a, v, b in rows) / len(rows)
+    assert got.item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_unit_weights_change_nothing_and_the_divisor_is_not_their_sum():
+    logits = {"y": torch.tensor([0.3, -1.0, 2.0])}
+    labels = [1.0, 0.0, 0.0]
+    plain = BCE(("y",))(logits, batch(labels))
+    assert torch.equal(BCE(("y",))(logits, batch(labels, [1.0] * 3)), plain)
+    assert BCE(("y",))(logits, batch(labels, [2.0] * 3)).item() == pytest.approx(2 * plain.item())
+    assert BCE(("y",))(logits, batch(labels, [0.0] * 3)).item() == 0.0
+
+
+def test_several_tasks_are_averaged():
+    logits = {"a": torch.tensor([0.5, -0.5]), "b": torch.tensor([1.5, 2.0])}
+    label = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([0.0, 1.0])}
+    data = Batch(torch.zeros(2, 1, dtype=torch.int64), label=label)
+    both = BCE(("a", "b"))(logits, data)
+    assert both.item() == pytest.approx((BCE(("a",))(logits, data) + BCE(("b",))(logits, data)).item() / 2)
+
+
+def test_float32_under_autocast_and_from_half_precision():
+    labels = batch([1.0, 0.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = BCE(("y",))({"y": torch.tensor([1e-3, -1e-3], dtype=torch.bfloat16)}, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(one(1e-3, 1), abs=1e-5)
+
+
+def test_confident_rows_keep_their_gradient():
+    z = torch.tensor([60.0, -60.0], requires_grad=True)
+    loss = BCE(("y",))({"y": z}, batch([0.0, 1.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(60.0)
+    assert z.grad.tolist() == pytest.approx([0.5, -0.5])
