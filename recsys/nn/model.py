@@ -133,7 +133,7 @@ class Model(nn.Module):
         }
 
     def bytes(self) -> int:
-        """Bytes that a serving process must hold: the embedding's tables and all other state, running statistics too."""
+        """Bytes that a serving process must hold: the embedding's tables and all other state."""
         tables = self.embedding.export_tables().values()
         others = [t for name, t in self.state_dict().items() if not name.startswith("embedding.")]
         return sum(t.nbytes for t in (*tables, *others))
