@@ -18,7 +18,7 @@ from recsys.data.simulate_random import Region
 from recsys.data.simulate_truth import auc
 from recsys.data.simulate_world import World
 from recsys.data.sources import DataRoot
-from recsys.errors import DataError, did_you_mean, listing
+from recsys.errors import DataError, RecipeError, did_you_mean, listing
 
 SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0), "uniform": (0.9, 1.0)}
 """Split → share of the log's rows, in time order; `uniform` draws the test rows again and shows all of them."""
@@ -57,6 +57,8 @@ class Simulated:
         fields: int | None = None,
     ) -> None:
         del root  # nothing is read from disk
+        if rows < 10:
+            raise RecipeError(f"simulated logs: rows is {rows}, must be at least 10 so that every split has one")
         self.config: WorldConfig = make_config(preset, rows=rows, seed=seed, users=users, items=items, fields=fields)
 
     @cached_property

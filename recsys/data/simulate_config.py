@@ -288,7 +288,10 @@ def make_config(
 ) -> WorldConfig:
     """Return a named world at a chosen size; `fields` puts that many plain fields in place of its own."""
     world = replace(preset(name), rows=rows, seed=seed)
-    world = replace(world, users=users or world.users, items=items or world.items)
+    if users is not None:
+        world = replace(world, users=users)
+    if items is not None:
+        world = replace(world, items=items)
     if fields is not None:
         own = plain_fields(fields)
         world = replace(world, fields=own, pairs=plain_pairs(own))

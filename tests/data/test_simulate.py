@@ -19,7 +19,7 @@ from recsys.data.simulate_config import PRESETS, make_config
 from recsys.data.simulate_truth import Tally, auc
 from recsys.data.simulate_world import World
 from recsys.data.sources import DataRoot
-from recsys.errors import DataError
+from recsys.errors import DataError, RecipeError
 
 ROOT = DataRoot(())
 
@@ -74,6 +74,16 @@ def test_identity_follows_every_option():
     names = [Simulated(ROOT, **o).identity() for o in options]
     assert len(set(names)) == len(options)
     assert names[0] == Simulated(ROOT, rows=50_000, seed=7, preset="quickstart").identity()
+
+
+@pytest.mark.parametrize("option", ["rows", "users", "items"])
+def test_sizes_of_nothing_are_refused(option):
+    """Catches a 0 that is taken for "not given", and splits without a row."""
+    with pytest.raises(RecipeError, match=f"{option} is 0"):
+        Simulated(ROOT, **{option: 0})
+    smallest = Simulated(ROOT, rows=10)
+    assert [smallest.scan(s).collect().height for s in ("train", "valid", "test")] == [8, 1, 1]
+    assert np.isnan(smallest.best_auc("test"))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "mnar"])
