@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,13 +56,12 @@ def _print(recipe: Recipe, dry: Dry) -> None:
     batch = recipe.train.batch_size
     # Adam keeps two numbers beside every weight, and the gradient is a fourth.
     console.print(
-        f"parameters: {count:,} ({tables:,} in tables) · weights, gradients and optimizer {count * 16 / 2**20:,.1f} MiB",
+        f"parameters: {count:,} ({tables:,} in tables) · with gradients and optimizer {count * 16 / 2**20:,.1f} MiB",
         highlight=False,
     )
-    console.print(
-        f"cost: {dry.flops / 1e6:,.2f} MFLOP per row forward, about {3 * dry.flops * batch / 1e9:,.1f} GFLOP per step of {batch:,} rows",
-        highlight=False,
-    )
+    step = 3 * dry.flops * batch / 1e9
+    cost = f"cost: {dry.flops / 1e6:,.2f} MFLOP per row forward, about {step:,.1f} GFLOP per step of {batch:,} rows"
+    console.print(cost, highlight=False)
     stages = ", ".join(stage.options.get("name") or stage.name for stage in recipe.stages)
     console.print(f"splits: {', '.join(dry.splits)} · stages: {stages}", highlight=False)
     console.print(f"the recipe is sound; sizes are those of the first {dry.rows:,} training rows", highlight=False)

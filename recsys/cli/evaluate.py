@@ -14,10 +14,12 @@ from recsys.cli.train import DataRootOption
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
     split: Annotated[
-        list[str] | None, typer.Option("--split", metavar="NAME", help="train, valid or test; by default valid and test.")
+        list[str] | None,
+        typer.Option("--split", metavar="NAME", help="train, valid or test; by default valid and test."),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", metavar="NAME", help="By default those of the recipe; can be repeated.")
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME", help="By default those of the recipe; can be repeated."),
     ] = None,
     data_root: DataRootOption = None,
     plugin: PluginFiles = None,

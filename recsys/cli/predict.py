@@ -13,10 +13,13 @@ from recsys.cli.train import DataRootOption
 
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
-    data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="File or glob of raw rows; can be repeated.")],
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="FILE", help="File or glob of raw rows; can be repeated.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where scores go: .parquet, .csv or .ndjson.")],
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", metavar="COLUMN", help="Copy this column beside the score; can be repeated.")
+        list[str] | None,
+        typer.Option("--keep", metavar="COLUMN", help="Copy this column beside the score; can be repeated."),
     ] = None,
     data_root: DataRootOption = None,
     plugin: PluginFiles = None,
@@ -35,7 +38,7 @@ def command(
     from recsys.recipe.use import predict_files
 
     console = Console()
-    rows, unknown = predict_files(
-        run, registry, data, out, keep=keep or (), data_root_given=data_root, console=console
+    rows, unknown = predict_files(run, registry, data, out, keep=keep or (), data_root_given=data_root, console=console)
+    console.print(
+        f"{rows:,} rows scored into {out} · {unknown:.2%} of their values are unknown to the model", highlight=False
     )
-    console.print(f"{rows:,} rows scored into {out} · {unknown:.2%} of their values are unknown to the model", highlight=False)

@@ -13,7 +13,9 @@ app = typer.Typer(no_args_is_help=True, help="The data part of recipes: infer a 
 
 @app.command("infer")
 def infer(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Logs: Parquet, CSV, TSV, NDJSON or Arrow IPC; globs work.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE", help="Logs: Parquet, CSV, TSV, NDJSON or Arrow IPC; globs work.")
+    ],
 ) -> None:
     """Write a first `data:` block for your own logs, with a reason beside every guess.
 

@@ -17,17 +17,23 @@ if TYPE_CHECKING:
 DataRootOption = Annotated[
     Path | None,
     typer.Option(
-        "--data-root", metavar="DIR", help="Where relative data paths start; else RECSYS_DATA, else the recipe's folder."
+        "--data-root",
+        metavar="DIR",
+        help="Where relative data paths start; else RECSYS_DATA, else the recipe's folder.",
     ),
 ]
 
 
 def command(
-    recipe: Annotated[str | None, typer.Argument(help="Recipe file, or the name of one that comes with recsys.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Recipe file, or the name of one that comes with recsys.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as `train.epochs=2`.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder; by default one in `runs/`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Run folder; by default one in `runs/`.")
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run where it stopped.")
     ] = None,
@@ -55,19 +61,31 @@ def command(
             raise RecipeError("--resume continues a run with its own recipe and folder; give nothing else beside it")
         checked, folder = execute.resumed(resume, registry)
     else:
-        checked, folder = _checked(recipe, overrides, registry), out
+        checked = _checked(recipe, overrides, registry)
         folder = execute.new_folder(checked, out)
     session = execute.Session(
-        checked, registry, folder, resume=resume is not None, allow_drift=allow_drift, data_root=data_root, as_json=as_json
+        checked,
+        registry,
+        folder,
+        resume=resume is not None,
+        allow_drift=allow_drift,
+        data_root=data_root,
+        as_json=as_json,
     )
     if execute.must_launch(checked):
-        source = ["--resume", str(folder)] if resume is not None else [str(recipe), *(overrides or []), "--out", str(folder)]
+        source = (
+            ["--resume", str(folder)] if resume is not None else [str(recipe), *(overrides or []), "--out", str(folder)]
+        )
         flags = [("--plugin", str(file)) for file in plugin or []] + [("--without", name) for name in without or []]
         flags += [("--data-root", str(data_root))] if data_root is not None else []
         switches = [name for name, given in (("--json", as_json), ("--allow-drift", allow_drift)) if given]
         execute.launch_all(["train", *source, *switches, *(word for flag in flags for word in flag)], checked)
     else:
-        session.run()
+        result = session.run()
+        if as_json and result is not None:
+            import json
+
+            print(json.dumps(result), flush=True)
 
 
 def _checked(recipe: str | None, overrides: list[str] | None, registry: Registry) -> Recipe:

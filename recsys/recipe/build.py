@@ -50,7 +50,6 @@ def build_source(recipe: Recipe, registry: Registry, root: DataRoot) -> Source:
 
 def prepare_data(recipe: Recipe, source: Source, console: Console, world: World) -> Prepared:
     """Encode the splits, or take them from the cache; one process of each machine does it for the others."""
-
     if world.local_rank == 0:
         with bar(console, disable=not world.leads) as progress:
             task = progress.add_task("reading the data", total=None)
@@ -184,12 +183,12 @@ def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Re
         RunError: nothing has been trained in it yet.
     """
     recipe, facts = read_run(folder, registry)
-    run = build_run(
-        recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console
-    )
+    run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
     run.restore()
     if run.state["weights"] is None:
-        raise RunError(f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`")
+        raise RunError(
+            f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`"
+        )
     return recipe, run, facts
 
 

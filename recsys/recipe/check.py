@@ -89,7 +89,9 @@ def find_recipe(name: str) -> Path:
         if not candidate.is_absolute() and (folder / candidate).is_file():
             return folder / candidate
     known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
-    raise RecipeError(f"{name}: no such recipe.{did_you_mean(str(relative), known)} Recipes that come with it: {listing(known)}")
+    raise RecipeError(
+        f"{name}: no such recipe.{did_you_mean(str(relative), known)} Recipes that come with it: {listing(known)}"
+    )
 
 
 def load_recipe(path: Path, registry: Registry, overrides: Sequence[str] = ()) -> Recipe:
@@ -198,13 +200,13 @@ def _stages(
         if not isinstance(written, list) or not written:
             raise RecipeError("stages: expected a list such as `- {use: fit}`", path=("stages",))
         return written
-    used = [(kind, model.get(part, default)) for part, (kind, default) in PARTS.items()]
+    used: list[tuple[Kind, Any]] = [(kind, model.get(part, default)) for part, (kind, default) in PARTS.items()]
     used += [("interaction", spec) for spec in interactions]
     used += [("loss", values.get("loss", "bce"))]
     named = {}
     for kind, spec in used:
         name = spec.get("use") if isinstance(spec, Mapping) else spec
-        component = registry.get(cast(Kind, kind), str(name)).component
+        component = registry.get(kind, str(name)).component
         if component.stages:
             named[component.name] = component.stages
     if len(named) > 1:

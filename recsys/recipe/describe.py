@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 import torch
@@ -104,7 +104,7 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
         batch = _example(schema, 64)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(batch)
-    looked = cast(pl.DataFrame, sample.select(pl.len()).collect()).item()
+    looked = sample.select(pl.len()).collect().item()
     fields, dim = len(Model.consumer_fields(schema, model.embedding).names), model.embedding.fields.dim
     shapes = {"ids": ("B", str(len(schema.fields))), "e": ("B", str(fields), str(dim))}
     for checked, interaction in zip(recipe.interactions, model.interactions, strict=True):

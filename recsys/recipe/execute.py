@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -35,8 +34,8 @@ from recsys.train import distributed
 from recsys.train.checkpoint import write_json
 from recsys.train.run import Run
 
-DRIFT = ("recsys", "packages", "plugins", "data")
-"""What must be as it was for a resumed run to go on as if it had never stopped."""
+DRIFT = ("recsys", "packages", "plugins")
+"""What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
 
 
 def new_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -71,7 +70,9 @@ def launch_all(arguments: Sequence[str], recipe: Recipe) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if recipe.train.accelerator == "gpu" and torch.cuda.device_count() < recipe.train.devices:
-        raise RunError(f"train.devices: {recipe.train.devices} asked for, this machine has {torch.cuda.device_count()} GPUs")
+        raise RunError(
+            f"train.devices: {recipe.train.devices} asked for, this machine has {torch.cuda.device_count()} GPUs"
+        )
     try:
         distributed.launch(arguments, recipe.train.devices)
     except ChildFailedError as error:
@@ -95,8 +96,8 @@ class Session:
     data_root: Path | None = None
     as_json: bool = False
 
-    def run(self) -> None:
-        """Do everything, and report."""
+    def run(self) -> dict[str, Any] | None:
+        """Do everything; return the result, from the process that leads."""
         started = time.monotonic()
         if self.recipe.train.threads:
             torch.set_num_threads(self.recipe.train.threads)
@@ -104,13 +105,12 @@ class Session:
         try:
             console = Console(stderr=self.as_json)
             run = self._run(world, console)
-            if world.leads:
-                self._report(run, time.monotonic() - started)
+            return self._report(run, time.monotonic() - started) if world.leads else None
         except RecsysError as error:
             # Every process meets the same error; one message is enough.
             if world.leads:
                 raise
-            print(f"rank {world.rank}: {error}", file=sys.stderr)
+            sys.stderr.write(f"rank {world.rank}: {error}\n")
             sys.exit(1)
         finally:
             distributed.leave_world()
@@ -139,7 +139,7 @@ class Session:
         run.restore()
         parameters = sum(p.numel() for p in run.model.parameters())
         rows = ", ".join(f"{name} {len(shards):,}" for name, shards in prepared.splits.items())
-        run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters · {self.folder}")
+        run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters")
         if world.leads and not self.resume:
             write_json(self.folder / "data.json", prepared.report.to_json())
             for warning in prepared.report.warnings:
@@ -150,6 +150,10 @@ class Session:
 
     def _refuse_drift(self, now: Mapping[str, Any], console: Console) -> None:
         _, then = read_run(self.folder, self.registry)
+        if then["data"] != now["data"]:
+            raise RunError(
+                f"{self.folder}: the data has changed since the run was started; its ids would mean other values"
+            )
         lines = [line for key in DRIFT for line in _differences(key, then.get(key), now[key])]
         if lines and not self.allow_drift:
             raise RunError(
@@ -159,7 +163,7 @@ class Session:
         for line in lines:
             console.print(f"[yellow]changed since the run was started: {line}[/yellow]")
 
-    def _report(self, run: Run, seconds: float) -> None:
+    def _report(self, run: Run, seconds: float) -> dict[str, Any]:
         result = {
             "run": str(self.folder),
             "metrics": {
@@ -173,8 +177,7 @@ class Session:
         write_json(self.folder / "metrics.json", result)
         speed = f"{result['rows_per_second']:,.0f} rows/s · " if result["rows_per_second"] else ""
         run.say(f"{seconds:.1f} s · {speed}{result['parameters']:,} parameters · saved in {self.folder}")
-        if self.as_json:
-            print(json.dumps(result), flush=True)
+        return result
 
 
 def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:

@@ -92,7 +92,7 @@ def parse(text: str, name: str) -> Document:
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.events.AliasEvent) or getattr(event, "anchor", None):
                 raise RecipeError(f"{name}:{line}: anchors and aliases are not used in recipes; write the value out")
             # Depth is checked on the flat stream of events, before anything recurses.
@@ -148,9 +148,8 @@ def _plain(node: yaml.Node, path: Key, name: str, lines: dict[Key, str]) -> Any:
             raise RecipeError(f"{name}:{key_node.start_mark.line + 1}: a key is a word, got {key!r}")
         if key in found:
             first = lines[(*path, key)].rsplit(":", 1)[1]
-            raise RecipeError(
-                f"{name}:{key_node.start_mark.line + 1}: the key '{key}' stands here a second time (first: line {first})"
-            )
+            again = f"{name}:{key_node.start_mark.line + 1}"
+            raise RecipeError(f"{again}: the key '{key}' stands here a second time (first: line {first})")
         found[key] = _plain(child, (*path, key), name, lines)
         lines[(*path, key)] = f"{name}:{key_node.start_mark.line + 1}"
     return found

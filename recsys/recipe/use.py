@@ -17,7 +17,6 @@ from rich.console import Console
 from recsys.contracts import Source
 from recsys.data.batches import EvalBatches
 from recsys.data.blocks import EncodedColumns
-
 from recsys.data.report import SplitReport
 from recsys.data.shards import Shards, write_blocks, write_shards
 from recsys.data.sources import DataRoot, Traceable
@@ -29,6 +28,9 @@ from recsys.recipe.check import Recipe
 from recsys.train.progress import bar
 from recsys.train.run import Run, Scores
 from recsys.train.stages import Evaluate
+
+ENDINGS = (".parquet", ".csv", ".ndjson")
+"""Of the files that scores can be written to."""
 
 
 def predict_files(
@@ -49,6 +51,8 @@ def predict_files(
     Raises:
         DataError: a column is missing or a value cannot be read.
     """
+    if out.suffix not in ENDINGS:
+        raise RecipeError(f"--out {out}: unknown ending '{out.suffix}'; known: {listing(ENDINGS)}")
     recipe, run, _ = load_trained(folder, registry, console)
     source = _source_over(recipe, registry, files, data_root_given)
     logs = source.scan("all")
@@ -76,10 +80,7 @@ def predict_files(
     if frame.height != len(shards):
         raise DataError(f"{listing(files)}: {frame.height} rows were scored, {len(shards)} were read")
     out.parent.mkdir(parents=True, exist_ok=True)
-    writers = {".parquet": frame.write_parquet, ".csv": frame.write_csv, ".ndjson": frame.write_ndjson}
-    if out.suffix not in writers:
-        raise RecipeError(f"--out: unknown ending '{out.suffix}'; known: {listing(writers)}")
-    writers[out.suffix](out)
+    _write(frame, out)
     return frame.height, unknown / max(values, 1)
 
 
@@ -97,7 +98,7 @@ def evaluate_run(
     Raises:
         RecipeError: no such split or metric.
     """
-    recipe, run, facts = load_trained(folder, registry, console)
+    recipe, run, _ = load_trained(folder, registry, console)
     names = [registry.get("metric", name).component.name for name in metrics]
     source = build_source(recipe, registry, data_root(recipe, data_root_given))
     frames = split_frames(source, recipe.data.split)
@@ -164,6 +165,17 @@ def _source_over(recipe: Recipe, registry: Registry, files: Sequence[str], given
     root = data_root(recipe, given)
     root = replace(root, candidates=(Path.cwd(), *root.candidates))
     return build_source(replace(recipe, data=recipe.data.model_copy(update={"source": spec})), registry, root)
+
+
+def _write(frame: pl.DataFrame, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    match out.suffix:
+        case ".parquet":
+            frame.write_parquet(out)
+        case ".csv":
+            frame.write_csv(out)
+        case _:
+            frame.write_ndjson(out)
 
 
 def _telling(blocks: Iterator[EncodedColumns], tell: Callable[[], None]) -> Iterator[EncodedColumns]:

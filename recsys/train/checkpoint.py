@@ -116,7 +116,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], li
     Returns:
         (tensors, state, one sentence for each newer one that was skipped as broken), or None if there is none.
     """
-    skipped = []
+    skipped: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             manifest = read_json(candidate / MANIFEST)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,19 @@ def gather_rows(local: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Give every rank the mean of the ranks' floating-point buffers, such as the statistics of batch norm.
+
+    Each rank updates its own from its own rows; scoring must not depend on which rank a row falls to.
+    """
+    if not dist.is_initialized():
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:

@@ -22,7 +22,7 @@ from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.optim import build_optimizer
 from recsys.train.checkpoint import load_checkpoint, save_checkpoint, write_json
-from recsys.train.distributed import gather_rows, wait_for_all
+from recsys.train.distributed import average_buffers, gather_rows, wait_for_all
 from recsys.train.loggers import make_logger
 from recsys.train.options import TrainOptions
 from recsys.train.progress import FitProgress, bar
@@ -94,7 +94,9 @@ def _monitors(run: Run, options: TrainOptions) -> dict[str, Metric]:
     for name, metric in metrics.items():
         missing = [need for need in metric.needs if need not in run.schema.context]
         if missing and name == options.monitor:
-            raise RecipeError(f"train.monitor: '{name}' needs the context column '{missing[0]}'; add it to data.context")
+            raise RecipeError(
+                f"train.monitor: '{name}' needs the context column '{missing[0]}'; add it to data.context"
+            )
     return metrics
 
 
@@ -214,10 +216,11 @@ class Epochs(Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Choose the epoch's order of rows."""
         self.loader.epoch = self.first + trainer.current_epoch
-        self.task.loss_sum.zero_()
+        self.task.loss_sum = torch.zeros_like(self.task.loss_sum)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Score the epoch and act on it."""
+        average_buffers(self.run.model)
         epoch = self.first + trainer.current_epoch + 1
         scores = {"train/loss": self._train_loss(), "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
         scores |= {f"valid/{name}": value for name, value in self._score().items()}

@@ -52,13 +52,16 @@ class FitProgress(Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the epoch's bar."""
         epoch = self._first_epoch + trainer.current_epoch + 1
-        self._progress.reset(
-            self._task, total=self._rows, description=f"{self._stage} · epoch {epoch}/{self._epochs}"
-        )
+        self._progress.reset(self._task, total=self._rows, description=f"{self._stage} · epoch {epoch}/{self._epochs}")
         self._started = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         """Count the rows of all ranks (this rank's share stands for the others')."""
         self._progress.advance(self._task, len(batch) * trainer.world_size)

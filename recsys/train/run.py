@@ -189,4 +189,6 @@ def restore_model(run: Run) -> None:
         try:
             run.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise RunError(f"{run.folder / run.state['weights']}: the weights do not fit the recipe's model\n{error}") from None
+            raise RunError(
+                f"{run.folder / run.state['weights']}: the weights do not fit the recipe's model\n{error}"
+            ) from None

@@ -38,8 +38,8 @@ class Task(lightning.LightningModule):
         self._optimizer = optimizer
         self._total_steps = max(total_steps, 1)
         self._first_step = first_step
-        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
-        self.loss_sum: Tensor
+        # No buffer: those are overwritten by the first rank's before every forward pass.
+        self.loss_sum = torch.zeros(())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the stage's optimizer."""
@@ -49,7 +49,7 @@ class Task(lightning.LightningModule):
         """Return this batch's part of the step's mean loss, `[]`."""
         self.model.selector.anneal((self._first_step + self.global_step) / self._total_steps)
         loss = self.loss(self.model(batch), batch) + self.model.penalty()
-        self.loss_sum += loss.detach() * batch.share
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
         return loss * batch.share
 
 
