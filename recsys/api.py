@@ -1,0 +1,69 @@
+"""What a plugin may import, and all that it needs; these names stay while the entry-point group is `recsys.v1`.
+
+    from recsys.api import Component, Fields, hookimpl
+
+The protocols that a component of each kind fulfils are described in `recsys.contracts`; the base classes of a
+plugin are its own (`torch.nn.Module`, `torchmetrics.Metric`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from recsys.contracts import (
+    FIRST_ID,
+    NULL_ID,
+    UNKNOWN_ID,
+    Batch,
+    EncodedSchema,
+    Field,
+    Fields,
+    History,
+    Named,
+    Selection,
+)
+from recsys.errors import DataError, RecipeError, RecsysError
+from recsys.plugin.hooks import Component, hookimpl
+
+if TYPE_CHECKING:
+    from recsys.data.sources import DataRoot
+    from recsys.nn.mlp import MLPBlock
+    from recsys.nn.table import Table
+    from recsys.train.run import Run
+
+__all__ = [
+    "FIRST_ID",
+    "NULL_ID",
+    "UNKNOWN_ID",
+    "Batch",
+    "Component",
+    "DataError",
+    "DataRoot",
+    "EncodedSchema",
+    "Field",
+    "Fields",
+    "History",
+    "MLPBlock",
+    "Named",
+    "RecipeError",
+    "RecsysError",
+    "Run",
+    "Selection",
+    "Table",
+    "hookimpl",
+]
+
+_LAZY = {
+    "DataRoot": "recsys.data.sources",
+    "MLPBlock": "recsys.nn.mlp",
+    "Run": "recsys.train.run",
+    "Table": "recsys.nn.table",
+}
+"""Names whose modules import torch or polars: imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'recsys.api' has no attribute '{name}'")

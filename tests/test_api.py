@@ -1,0 +1,50 @@
+"""What plugins may import is a promise: a change of this list is a change of the plugin API."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import recsys.api
+
+NAMES = [
+    "Batch",
+    "Component",
+    "DataError",
+    "DataRoot",
+    "EncodedSchema",
+    "FIRST_ID",
+    "Field",
+    "Fields",
+    "History",
+    "MLPBlock",
+    "NULL_ID",
+    "Named",
+    "RecipeError",
+    "RecsysError",
+    "Run",
+    "Selection",
+    "Table",
+    "UNKNOWN_ID",
+    "hookimpl",
+]
+
+
+def test_the_names_are_these() -> None:
+    assert sorted(recsys.api.__all__) == NAMES
+
+
+def test_each_name_is_the_object_of_its_own_module() -> None:
+    for name in NAMES:
+        value = getattr(recsys.api, name)
+        home = getattr(value, "__module__", None)
+        if isinstance(value, type):
+            assert getattr(importlib.import_module(str(home)), name) is value
+            assert str(home).startswith("recsys.")
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    code = "import sys, recsys.api; print([m for m in ('torch', 'polars', 'lightning') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
