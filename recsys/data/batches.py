@@ -64,7 +64,7 @@ class Order:
 def _scramble(x: Words, key: Any) -> Words:
     """Mix a half with a round key; any function will do, so the finaliser of MurmurHash3 (Appleby) modulo the word."""
     word = x.dtype.type
-    y = (x + key) * word(0x85EBCA6B)
+    y: Words = (x + key) * word(0x85EBCA6B)
     y ^= y >> word(13)
     y *= word(0xC2B2AE35)
     y ^= y >> word(16)

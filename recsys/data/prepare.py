@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import polars as pl
-
 from recsys.contracts import Source
 from recsys.data import encoder_files
 from recsys.data.encode import Encoder
@@ -20,9 +18,8 @@ from recsys.data.report import EncodeReport, SplitReport
 from recsys.data.schema import DataConfig
 from recsys.data.shard_files import VERSION
 from recsys.data.shards import Shards, sync_folder, write_shards
-from recsys.data.sources import Traceable
-from recsys.data.split import split_frames
-from recsys.data.values import Where, where_in
+from recsys.data.sources import Identified, Traceable
+from recsys.data.split import row_finder, split_frames
 from recsys.errors import DataError
 
 Progress = Callable[[str, int], None]
@@ -94,7 +91,7 @@ def prepare(
 
 def _key(config: DataConfig, source: Source) -> str | None:
     """Return the name of the cache entry, or None for a source that cannot say what its rows are."""
-    if not isinstance(source, Traceable):
+    if not isinstance(source, Identified):
         return None
     body = config.model_dump(mode="json", exclude={"dataset"})
     text = json.dumps([body, encoder_files.VERSION, VERSION, source.identity()], sort_keys=True, default=str)
@@ -106,7 +103,7 @@ def _build(config: DataConfig, source: Source, folder: Path, progress: Progress 
     for name in frames:
         if isinstance(source, Traceable):
             source.require("all" if config.split else name, config.columns())
-    wheres = {name: _where(source, "all" if config.split else name, frame) for name, frame in frames.items()}
+    wheres = {name: row_finder(source, config.split, name, frame) for name, frame in frames.items()}
     known = frames["train"].collect_schema().names()
     report = EncodeReport(ignored=tuple(c for c in known if c not in config.columns()))
     if progress is not None:
@@ -121,19 +118,6 @@ def _build(config: DataConfig, source: Source, folder: Path, progress: Progress 
     report.warnings += _warnings(report)
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(text, encoding="utf-8")
-
-
-def _where(source: Source, split: str, frame: pl.LazyFrame) -> Where:
-    """Name file and row where the source can; the row of the split where it cannot."""
-    fallback = where_in(frame)
-    if not isinstance(source, Traceable):
-        return fallback
-    traceable = source
-
-    def where(wrong: pl.Expr) -> str:
-        return traceable.where(split, wrong) or fallback(wrong)
-
-    return where
 
 
 def _warnings(report: EncodeReport) -> list[str]:

@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import polars as pl
+from typing_extensions import TypedDict  # typing.TypedDict is no type for pydantic before Python 3.12
 
 from recsys.data.formats import Format, format_of, is_remote, naming, row_of_bad_field_count, scan_file
 from recsys.data.schema import DatasetNote
@@ -25,7 +26,7 @@ class MissingSplit(DataError):
 
 @runtime_checkable
 class Traceable(Protocol):
-    """A source that can say where a row came from. Sources need not be; errors are then less precise."""
+    """A source that can say where a row came from. Sources need not; errors are then less precise."""
 
     def where(self, split: str, wrong: pl.Expr) -> str | None:
         """Return "file, row N" of the first row for which `wrong` holds."""
@@ -35,8 +36,13 @@ class Traceable(Protocol):
         """Raise a `DataError` naming the file that lacks one of `columns`."""
         ...
 
+
+@runtime_checkable
+class Identified(Protocol):
+    """A source whose encoded rows may be kept and used again. Sources need not be."""
+
     def identity(self) -> str:
-        """Return a text that changes when the files do."""
+        """Return a text that is equal exactly when the rows are."""
         ...
 
 

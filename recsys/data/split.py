@@ -11,7 +11,8 @@ from recsys.contracts import Source
 from recsys.data.formats import naming
 from recsys.data.hashing import hash_series, mix, mix_array
 from recsys.data.schema import ColumnSplit, HashSplit, Split, TimeSplit, Value
-from recsys.data.sources import MissingSplit
+from recsys.data.sources import MissingSplit, Traceable
+from recsys.data.values import Where, where_in
 from recsys.errors import DataError, did_you_mean, listing
 
 SPLITS = ("train", "valid", "test")
@@ -38,6 +39,26 @@ def split_frames(source: Source, split: Split | None) -> Mapping[str, pl.LazyFra
     if isinstance(split, HashSplit):
         return _by_hash(rows, split)
     return _by_column(rows, split)
+
+
+def row_finder(source: Source, split: Split | None, name: str, rows: pl.LazyFrame) -> Where:
+    """Return what names the file and row of a bad value; where the source cannot, the row of the split.
+
+    Args:
+        source: of the rows.
+        split: the recipe's split, None where the source gives the splits.
+        name: of the split that `rows` are.
+        rows: raw rows of that split, or of what is to be scored.
+    """
+    fallback = where_in(rows)
+    if not isinstance(source, Traceable):
+        return fallback
+    traceable = source
+
+    def where(wrong: pl.Expr) -> str:
+        return traceable.where("all" if split else name, wrong) or fallback(wrong)
+
+    return where
 
 
 def _given(source: Source) -> Mapping[str, pl.LazyFrame]:

@@ -1,0 +1,198 @@
+"""Shards on disk: whole-batch gathers against plain Python lists, and damage that must be noticed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recsys.contracts import Batch, EncodedSchema, Field, History
+from recsys.data.blocks import EncodedColumns, Ragged
+from recsys.data.layout import Layout
+from recsys.data.shards import Shards, write_blocks
+from recsys.errors import DataError
+
+SCHEMA = EncodedSchema(
+    fields=(
+        Field("small", 200),
+        Field("price", 2, numeric=True),
+        Field("wide", 70_000),
+        Field("huge", 2**33),
+        Field("age", 2, numeric=True),
+        Field("size", 2, numeric=True),
+        Field("last", 256),
+    ),
+    histories=(
+        History("past", (Field("past_wide", 70_000), Field("past_small", 200)), 5, ("wide", "small")),
+        History("tags", (Field("tags", 90),), 3),
+    ),
+    tasks=("click", "buy"),
+    context=("weight", "group", "position"),
+)
+
+
+def make_block(rows: int, seed: int) -> EncodedColumns:
+    rng = np.random.default_rng(seed)
+    values = {f.name: rng.normal(size=rows).astype(np.float32) for f in SCHEMA.fields if f.numeric}
+    for column in values.values():
+        column[rng.random(rows) < 0.3] = np.nan
+    history = {}
+    for h in SCHEMA.histories:
+        length = rng.integers(0, h.max_length + 1, rows)
+        events = [rng.integers(0, c.rows, int(length.sum())) for c in h.columns]
+        history[h.name] = Ragged(np.stack(events, axis=1), length)
+    return EncodedColumns(
+        rows,
+        {f.name: rng.integers(0, f.rows, rows) for f in SCHEMA.fields if not f.numeric},
+        values,
+        history,
+        {t: rng.integers(0, 2, rows).astype(np.uint8) for t in SCHEMA.tasks},
+        {
+            "weight": rng.random(rows).astype(np.float32),
+            "group": rng.integers(-(2**63), 2**63 - 1, rows),
+            "position": rng.integers(0, 9, rows),
+        },
+    )
+
+
+def as_python(blocks: list[EncodedColumns]) -> list[dict[str, Any]]:
+    """One dictionary per row: slow, and nothing to get wrong."""
+    rows = []
+    for block in blocks:
+        starts = {g: np.concatenate([[0], np.cumsum(r.length)]) for g, r in block.history.items()}
+        for i in range(block.rows):
+            row: dict[str, Any] = {n: int(v[i]) for n, v in block.ids.items()}
+            row |= {n: float(v[i]) for n, v in block.values.items()}
+            row |= {n: float(v[i]) for n, v in block.label.items()}
+            row |= {n: v[i].item() for n, v in block.context.items()}
+            for g, r in block.history.items():
+                row[g] = r.values[starts[g][i] : starts[g][i + 1]].tolist()
+            rows.append(row)
+    return rows
+
+
+def assert_equals(batch: Batch, rows: list[dict[str, Any]]) -> None:
+    assert batch.ids.dtype == torch.int64
+    assert batch.values is not None
+    assert batch.values.dtype == torch.float32
+    for i, field in enumerate(SCHEMA.fields):
+        if field.numeric:
+            missing = [r[field.name] != r[field.name] for r in rows]
+            assert batch.ids[:, i].tolist() == [0 if m else 1 for m in missing]
+            expected = [1.0 if m else r[field.name] for m, r in zip(missing, rows, strict=True)]
+        else:
+            assert batch.ids[:, i].tolist() == [r[field.name] for r in rows]
+            expected = [1.0] * len(rows)
+        assert batch.values[:, i].tolist() == expected
+    for task in SCHEMA.tasks:
+        assert batch.label[task].dtype == torch.float32
+        assert batch.label[task].tolist() == [r[task] for r in rows]
+    for name, dtype in (("weight", torch.float32), ("group", torch.int64), ("position", torch.int64)):
+        assert batch.context[name].dtype == dtype
+        assert batch.context[name].tolist() == [r[name] for r in rows]
+    for history in SCHEMA.histories:
+        ids, length = batch.history[history.name]
+        lists = [r[history.name] for r in rows]
+        longest = max([1, *map(len, lists)])
+        zero = [0] * len(history.columns)
+        assert ids.tolist() == [events + [zero] * (longest - len(events)) for events in lists]
+        assert length.tolist() == [len(events) for events in lists]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Shards, list[dict[str, Any]]]]:
+    """The same 300 rows in one file, and in files of 64 and of 7 rows."""
+    blocks = [make_block(rows, seed) for seed, rows in enumerate((100, 1, 150, 49))]
+    expected = as_python(blocks)
+    folder = tmp_path_factory.mktemp("shards")
+    return {n: (write_blocks(SCHEMA, blocks, folder / str(n), shard_rows=n), expected) for n in (1000, 64, 7)}
+
+
+@pytest.mark.parametrize("shard_rows", [1000, 64, 7])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(picked=st.lists(st.integers(0, 299), max_size=40))
+def test_gathers_equal_python_lists(written: Any, shard_rows: int, picked: list[int]) -> None:
+    shards, expected = written[shard_rows]
+    assert len(shards) == 300
+    assert_equals(shards.gather(np.array(picked, np.int64)), [expected[i] for i in picked])
+
+
+def test_in_memory_equals_mapped(written: Any) -> None:
+    shards, expected = written[64]
+    copy = Shards.open(shards.folder, in_memory=True)
+    assert_equals(copy.gather(np.arange(300)), expected)
+    assert copy.labels("buy").tolist() == [r["buy"] for r in expected]
+
+
+@pytest.mark.parametrize("row", [-1, 300])
+def test_rows_outside_are_refused(written: Any, row: int) -> None:
+    with pytest.raises(IndexError, match=r"rows must lie in \[0, 300\)"):
+        written[64][0].gather(np.array([0, row]))
+
+
+def test_only_empty_histories(tmp_path: Path) -> None:
+    block = make_block(4, 0)
+    empty = {g: Ragged(r.values[:0], np.zeros(4, np.int64)) for g, r in block.history.items()}
+    shards = write_blocks(
+        SCHEMA, [EncodedColumns(4, block.ids, block.values, empty, block.label, block.context)], tmp_path / "s"
+    )
+    ids, length = shards.gather(np.arange(3)).history["past"]
+    assert ids.tolist() == [[[0, 0]]] * 3
+    assert length.tolist() == [0, 0, 0]
+
+
+@given(st.lists(st.one_of(st.just(None), st.sampled_from([3, 300, 70_000])), min_size=1, max_size=60))
+def test_a_layout_has_few_runs_and_no_overlap(rows: list[int | None]) -> None:
+    fields = tuple(Field(f"f{i}", r or 2, numeric=r is None) for i, r in enumerate(rows))
+    layout = Layout.of(EncodedSchema(fields, context=("weight", "time")))
+    taken = sorted(
+        (run.offset, run.offset + run.size) for run in (*layout.ids, *layout.numbers, *layout.labels, *layout.context)
+    )
+    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+    assert taken[-1][1] <= layout.size
+    assert all(run.offset % run.dtype.itemsize == 0 for run in layout.ids)
+    covered = [i for run in (*layout.ids, *layout.numbers) for i in range(run.first, run.first + run.count)]
+    assert sorted(covered) == list(range(len(fields)))
+    for run in layout.ids:
+        assert all(fields[i].rows - 1 <= np.iinfo(run.dtype).max for i in range(run.first, run.first + run.count))
+    blocks = 1 + sum(a is None or b is None for a, b in zip(rows, rows[1:], strict=False))
+    assert len(layout.ids) <= max(8, blocks)
+
+
+def test_a_flipped_bit_is_found_by_verify(tmp_path: Path) -> None:
+    shards = write_blocks(SCHEMA, [make_block(50, 1)], tmp_path / "s")
+    shards.verify()
+    file = tmp_path / "s" / "records-00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[123] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match=r"records-00000\.bin: altered after it was written"):
+        Shards.open(tmp_path / "s").verify()
+
+
+def test_a_shortened_file_is_found_when_opening(tmp_path: Path) -> None:
+    write_blocks(SCHEMA, [make_block(50, 1)], tmp_path / "s")
+    file = tmp_path / "s" / "history0-values-00000.bin"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(DataError, match=rf"history0-values-00000\.bin: has {size - 3} bytes, expected {size} bytes"):
+        Shards.open(tmp_path / "s")
+    file.unlink()
+    with pytest.raises(DataError, match=r"history0-values-00000\.bin: is missing"):
+        Shards.open(tmp_path / "s")
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield make_block(5, 0)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_blocks(SCHEMA, broken(), tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "s").mkdir()
+    with pytest.raises(DataError, match="no complete encoded data"):
+        Shards.open(tmp_path / "s")
