@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from recsys.errors import DataError
+from recsys.nn.dropout import Dropout
 
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "identity"]
 
@@ -52,7 +53,7 @@ class MLPBlock(nn.Module):
                 layers.append(nn.BatchNorm1d(width))
             layers.append(_ACTIVATIONS[activation]())
             if dropout > 0:
-                layers.append(nn.Dropout(dropout))
+                layers.append(Dropout(dropout))
             in_width = width
         self.layers = nn.Sequential(*layers)
 
