@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,30 +114,49 @@ def check_header(path: str, separator: str) -> None:
         positions[name] = position
 
 
-def row_of_bad_field_count(path: str, separator: str) -> tuple[int, int, int, str] | None:
-    """Find the first row of a text file that has too many or too few fields.
+def check_lines(path: str, separator: str) -> None:
+    """Refuse a text file with a row of too many or too few fields, or with a quote that is not closed.
 
-    Lines are counted without parsing them: quoted parts are removed first. A file in which a quoted value spans
-    lines cannot be checked so, and is left to the parser.
+    A parser fills short rows with nulls, which would pass for missing values. The lines are counted without parsing
+    them, quoted parts removed first. Quoted values that span lines are left to the parser.
 
-    Returns:
-        (line number, number of fields, number of columns, the line), or None when all rows agree.
+    Raises:
+        DataError: naming file and line.
     """
     line = pl.col("line")
     bare = line.str.replace_all(r'"[^"]*"', "").str.strip_chars_end("\r")
-    fields = bare.str.count_matches(separator, literal=True).cast(pl.Int64) + 1
     lines = pl.scan_csv(
         path, separator="\x01", quote_char=None, has_header=False, new_columns=["line"], infer_schema=False
     ).with_row_index("number", offset=1)
+    wrong = pl.col("fields") != pl.col("fields").first()
+    number = pl.col("number")
     with naming(path):
-        checked = lines.with_columns(
-            fields=fields, open=bare.str.contains('"', literal=True), expected=fields.first()
-        ).filter(line.is_not_null())
-        bad = checked.filter(pl.col("open") | (pl.col("fields") != pl.col("expected"))).head(1).collect()
-    if bad.is_empty() or bad["open"][0]:
-        return None
-    number, text, found, _, expected = bad.row(0)
-    return number, found, expected, text
+        found = (
+            lines.with_columns(
+                fields=bare.str.count_matches(separator, literal=True) + 1,
+                quotes=line.str.count_matches('"', literal=True),
+                opens=bare.str.contains(f'(^|{re.escape(separator)})"'),
+            )
+            .select(
+                quotes=pl.col("quotes").sum(),
+                opened=number.filter(pl.col("opens")).first(),
+                expected=pl.col("fields").first(),
+                bad=number.filter(wrong).first(),
+                fields=pl.col("fields").filter(wrong).first(),
+                text=line.filter(wrong).first(),
+            )
+            .collect(engine="streaming")
+            .row(0, named=True)
+        )
+    if found["opened"] is not None:
+        if found["quotes"] % 2:
+            raise DataError(f"{path}, line {found['opened']}: a quote is not closed")
+        return
+    if found["bad"] is not None:
+        raise DataError(
+            f"{path}, line {found['bad']}: {found['fields']} fields where the header has {found['expected']}: "
+            f"{found['text'][:200]!r}"
+        )
 
 
 def _utf8_hint(path: str) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import polars as pl
 from typing_extensions import TypedDict  # typing.TypedDict is no type for pydantic before Python 3.12
 
-from recsys.data.formats import Format, format_of, is_remote, naming, row_of_bad_field_count, scan_file
+from recsys.data.formats import Format, check_lines, format_of, is_remote, naming, scan_file
 from recsys.data.schema import DatasetNote
 from recsys.errors import DataError, did_you_mean, listing
 
@@ -165,10 +165,13 @@ class Files:
         """Return the raw rows of `train`, `valid`, `test` or `all`, side tables joined, lazily.
 
         Raises:
-            DataError: a file is missing, empty or unreadable; files disagree on types; a side table has a key twice.
+            DataError: a file is missing, empty or unreadable; a line of a text file has too many or too few fields;
+                files disagree on types; a side table has a key twice.
         """
         if split not in self._frames:
             parts = [self._open(file) for file in self.files(split)]
+            for file in self.files(split):
+                self._check_lines(file)
             frame = self._with_sides(_stack(self.files(split), parts))
             with naming(listing(self.files(split), 3)):
                 empty = frame.head(1).collect().is_empty()
@@ -178,7 +181,7 @@ class Files:
         return self._frames[split]
 
     def require(self, split: str, columns: Sequence[str]) -> None:
-        """Raise a `DataError` naming the file that lacks one of `columns`, and check the shape of text files."""
+        """Raise a `DataError` naming the file that lacks one of `columns`."""
         sides = [name for side in self._sides() for name in side[1].collect_schema().names()]
         for file in self.files(split):
             names = self._open(file).collect_schema().names()
@@ -188,7 +191,6 @@ class Files:
                     raise DataError(
                         f"{file}: no column {column!r}.{did_you_mean(column, known)} Columns: {listing(known)}"
                     )
-            self._check_text(file)
 
     def where(self, split: str, wrong: pl.Expr) -> str | None:
         """Return "file, row N" (counted from 1) of the first row for which `wrong` holds."""
@@ -215,17 +217,12 @@ class Files:
 
     def _open(self, file: str) -> pl.LazyFrame:
         hive = "=" in file if self._hive is None else self._hive
-        frame = scan_file(file, format_of(file, self._format), self._separator, hive)
-        return frame
+        return scan_file(file, format_of(file, self._format), self._separator, hive)
 
-    def _check_text(self, file: str) -> None:
+    def _check_lines(self, file: str) -> None:
         kind = format_of(file, self._format)
-        if kind not in ("csv", "tsv") or is_remote(file):
-            return
-        bad = row_of_bad_field_count(file, self._separator or ("\t" if kind == "tsv" else ","))
-        if bad is not None:
-            line, found, expected, text = bad
-            raise DataError(f"{file}, line {line}: {found} fields where the header has {expected}: {text[:200]!r}")
+        if kind in ("csv", "tsv") and not is_remote(file):
+            check_lines(file, self._separator or ("\t" if kind == "tsv" else ","))
 
     def _sides(self) -> list[tuple[str, pl.LazyFrame, list[str]]]:
         sides = []

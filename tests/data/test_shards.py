@@ -1,5 +1,6 @@
 """Shards on disk: whole-batch gathers against plain Python lists, and damage that must be noticed."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +152,14 @@ def test_a_layout_has_few_runs_and_no_overlap(rows: list[int | None]) -> None:
     taken = sorted(
         (run.offset, run.offset + run.size) for run in (*layout.ids, *layout.numbers, *layout.labels, *layout.context)
     )
-    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(taken))
     assert taken[-1][1] <= layout.size
     assert all(run.offset % run.dtype.itemsize == 0 for run in layout.ids)
     covered = [i for run in (*layout.ids, *layout.numbers) for i in range(run.first, run.first + run.count)]
     assert sorted(covered) == list(range(len(fields)))
     for run in layout.ids:
         assert all(fields[i].rows - 1 <= np.iinfo(run.dtype).max for i in range(run.first, run.first + run.count))
-    blocks = 1 + sum(a is None or b is None for a, b in zip(rows, rows[1:], strict=False))
+    blocks = 1 + sum(a is None or b is None for a, b in pairwise(rows))
     assert len(layout.ids) <= max(8, blocks)
 
 

@@ -1,0 +1,326 @@
+"""What people feed a trainer by mistake: a clear error with file, column and row, or a count. One test per case."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recsys.contracts import NULL_ID, UNKNOWN_ID
+from recsys.data.prepare import Prepared, prepare
+from recsys.data.schema import DataConfig
+from recsys.data.sources import DataRoot, Files
+from recsys.errors import DataError
+
+Prepare = Callable[..., Prepared]
+GOOD = pl.DataFrame(
+    {"user": [1, 2, 1, 3], "city": ["a", "b", None, "a"], "price": [0.5, 1.0, 2.0, None], "y": [0, 1, 1, 0]}
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Prepare:
+    """Prepare files of the temporary folder with a small data block."""
+
+    def do(options: dict[str, Any] | None = None, **block: Any) -> Prepared:
+        chosen = {"label": "y", "categorical": ["user", "city"], "numeric": ["price"], **block}
+        config = DataConfig.model_validate({"source": {}, **chosen})
+        return prepare(config, Files(DataRoot((tmp_path,)), **(options or {"train": "train.csv"})), tmp_path / "cache")
+
+    return do
+
+
+def csv(tmp_path: Path, text: str, name: str = "train.csv") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+HEADER = "user,city,price,y\n"
+ROWS = "1,a,0.5,0\n2,b,1.0,1\n"
+
+
+def test_b1_b2_unseen_and_missing_values_are_two_counted_things(run: Prepare, tmp_path: Path) -> None:
+    GOOD.write_parquet(tmp_path / "train.parquet")
+    GOOD.with_columns(pl.Series("user", [9, 1, None, 8]), pl.lit(None, pl.Float64).alias("price")).write_parquet(
+        tmp_path / "test.parquet"
+    )
+    prepared = run({"train": "train.parquet", "test": "test.parquet"})
+    batch = prepared.splits["test"].gather(np.arange(4))
+    known = int(prepared.splits["train"].gather(np.array([0])).ids[0, 0])
+    assert batch.ids[:, 0].tolist() == [UNKNOWN_ID, known, NULL_ID, UNKNOWN_ID]
+    assert batch.ids[:, 2].tolist() == [0, 0, 0, 0]
+    assert batch.values is not None
+    assert batch.values[:, 2].tolist() == [1, 1, 1, 1]
+    counts = prepared.report.splits["test"].columns
+    assert (counts["user"].unknown, counts["user"].null, counts["price"].null) == (2, 1, 4)
+    assert "test user 1 (25.00%) 2 (50.00%) 0 (0.00%)" in " ".join(str(prepared.report).split())
+
+
+@pytest.mark.parametrize("column", ["user", "city", "price"])
+def test_b2_a_column_without_any_value_is_an_error(run: Prepare, tmp_path: Path, column: str) -> None:
+    GOOD.with_columns(pl.lit(None, GOOD[column].dtype).alias(column)).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=rf"column '{column}' has no value in any of 4 rows; drop it"):
+        run({"train": "train.parquet"})
+
+
+def test_b3_numbers_that_are_not_finite_are_counted_and_missing(run: Prepare, tmp_path: Path) -> None:
+    csv(tmp_path, HEADER + ROWS + "1,a,NaN,1\n1,a,inf,0\n1,a,-inf,1\n1,a,,0\n")
+    prepared = run()
+    counts = prepared.report.splits["train"].columns["price"]
+    assert (counts.null, counts.non_finite) == (1, 3)
+    batch = prepared.splits["train"].gather(np.arange(6))
+    assert batch.ids[:, 2].tolist() == [1, 1, 0, 0, 0, 0]
+    assert batch.values is not None
+    assert bool(batch.values.isfinite().all())
+    assert prepared.encoder.numerics["price"].mean == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("text", ["NA", "-", "abc"])
+def test_b4_b5_a_text_in_a_number_column_names_file_row_and_value(run: Prepare, tmp_path: Path, text: str) -> None:
+    path = csv(tmp_path, HEADER + ROWS * 100 + f"3,a,{text},1\n" + ROWS)
+    with pytest.raises(DataError) as caught:
+        run()
+    assert str(caught.value).startswith(f"{path}, row 201, column 'price': '{text}' is no number.")
+    assert f"null_values: ['{text}']" in str(caught.value)
+    fixed = run(numeric={"price": {"null_values": [text]}})
+    assert fixed.report.splits["train"].columns["price"].null == 1
+
+
+def test_b5_the_second_file_is_named(run: Prepare, tmp_path: Path) -> None:
+    csv(tmp_path, HEADER + ROWS, "part-1.csv")
+    second = csv(tmp_path, HEADER + ROWS + "1,a,x1,0\n", "part-2.csv")
+    with pytest.raises(DataError, match=f"^{second}, row 3, column 'price': 'x1'"):
+        run({"train": "part-*.csv"})
+
+
+def test_b7_a_missing_column_names_file_and_nearest_name(run: Prepare, tmp_path: Path) -> None:
+    path = csv(tmp_path, "user,town,price,y\n" + ROWS)
+    with pytest.raises(DataError) as caught:
+        run(categorical=["user", "tovn"])
+    assert str(caught.value) == (f"{path}: no column 'tovn'. Did you mean 'town'? Columns: user, town, price, y")
+
+
+def test_b7_a_column_missing_from_one_of_the_files(run: Prepare, tmp_path: Path) -> None:
+    GOOD.write_parquet(tmp_path / "a.parquet")
+    GOOD.drop("city").write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: no column 'city'"):
+        run({"train": "*.parquet"})
+
+
+def test_b8_extra_columns_are_ignored_and_listed(run: Prepare, tmp_path: Path) -> None:
+    GOOD.with_columns(extra=pl.lit(1)).write_parquet(tmp_path / "a.parquet")
+    GOOD.write_parquet(tmp_path / "b.parquet")
+    assert run({"train": "a.parquet"}).report.ignored == ("extra",)
+    assert len(run({"train": ("a.parquet", "b.parquet")}).splits["train"]) == 8
+    assert len(run({"train": ("b.parquet", "a.parquet")}).splits["train"]) == 8
+
+
+def test_b9_a_repeated_column_name_gives_both_positions(run: Prepare, tmp_path: Path) -> None:
+    path = csv(tmp_path, "user,city,price,user,y\n1,a,0.5,2,0\n")
+    with pytest.raises(DataError, match=f"^{path}: column 'user' appears twice, at positions 1 and 4$"):
+        run()
+
+
+def test_b10_columns_are_taken_by_name(run: Prepare, tmp_path: Path) -> None:
+    GOOD.write_parquet(tmp_path / "a.parquet")
+    GOOD.select("y", "price", "city", "user").write_parquet(tmp_path / "b.parquet")
+    batch = run({"train": ("a.parquet", "b.parquet")}).splits["train"].gather(np.arange(8))
+    assert batch.ids[:4].tolist() == batch.ids[4:].tolist()
+
+
+def test_b11_numbers_of_different_width_are_upcast(run: Prepare, tmp_path: Path) -> None:
+    GOOD.write_parquet(tmp_path / "a.parquet")
+    GOOD.with_columns(pl.col("user").cast(pl.Int16), pl.col("price").cast(pl.Float32)).write_parquet(
+        tmp_path / "b.parquet"
+    )
+    batch = run({"train": "*.parquet"}).splits["train"].gather(np.arange(8))
+    assert batch.ids[:4].tolist() == batch.ids[4:].tolist()
+
+
+def test_b11_text_and_numbers_mixed_lists_the_files_by_type(run: Prepare, tmp_path: Path) -> None:
+    GOOD.write_parquet(tmp_path / "a.parquet")
+    GOOD.with_columns(pl.col("user").cast(pl.String)).write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError) as caught:
+        run({"train": "*.parquet"})
+    assert str(caught.value) == (
+        "column 'user' has different types in different files:"
+        f"\n  Int64: {tmp_path}/a.parquet\n  String: {tmp_path}/b.parquet\nCast it in one of them."
+    )
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet", "train.ndjson", "train.arrow"])
+def test_b12_a_zero_byte_file(run: Prepare, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"^0 rows in .*{name}: the file is empty \(0 bytes\)$"):
+        run({"train": name})
+
+
+def test_b12_a_header_without_rows(run: Prepare, tmp_path: Path) -> None:
+    path = csv(tmp_path, HEADER)
+    with pytest.raises(DataError, match=f"^0 rows in {path}$"):
+        run()
+    GOOD.head(0).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"^0 rows in .*train\.parquet$"):
+        run({"train": "train.parquet"})
+
+
+def test_b12_a_glob_that_matches_nothing(run: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"^no file matches 'day-\*\.csv'. Looked at:\n  {tmp_path}/day-\*\.csv"):
+        run({"train": "day-*.csv"})
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.99])
+def test_b13_a_truncated_parquet_file_is_named(run: Prepare, tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "train.parquet"
+    GOOD.write_parquet(path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * keep)])
+    with pytest.raises(DataError, match=f"^{path}: cannot be read: "):
+        run({"train": "train.parquet"})
+
+
+def test_b14_altered_encoded_data_is_not_used_again(run: Prepare, tmp_path: Path) -> None:
+    csv(tmp_path, HEADER + ROWS)
+    file = run().folder / "train" / "records-00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[5] ^= 16
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match=r"records-00000\.bin: altered after it was written"):
+        run()
+
+
+@pytest.mark.parametrize(("row", "found"), [("1,a,0.5", 3), ("1,a,0.5,0,7,7", 6)])
+def test_b15_too_few_or_too_many_fields(run: Prepare, tmp_path: Path, row: str, found: int) -> None:
+    path = csv(tmp_path, HEADER + '1,"a,b ""c""",0.5,0\n' + ROWS + row + "\n" + ROWS)
+    with pytest.raises(DataError, match=f"^{path}, line 5: {found} fields where the header has 4: '{row}'"):
+        run()
+
+
+def test_b16_an_unclosed_quote_names_the_line(run: Prepare, tmp_path: Path) -> None:
+    path = csv(tmp_path, HEADER + ROWS + '1,"a,0.5,0\n' + ROWS)
+    with pytest.raises(DataError, match=f"^{path}, line 4: a quote is not closed"):
+        run()
+
+
+def test_b16_quoted_line_breaks_are_no_error(run: Prepare, tmp_path: Path) -> None:
+    csv(tmp_path, HEADER + ROWS + '1,"a\nb",0.5,0\n' + ROWS)
+    assert len(run().splits["train"]) == 5
+
+
+def test_b17_bytes_that_are_not_utf8_name_the_line(run: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes((HEADER + ROWS).encode() + b"1,caf\xe9,0.5,0\n")
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read: .*line 4 is not UTF-8: byte 0xe9"):
+        run()
+
+
+def test_b17_a_byte_order_mark_is_no_part_of_the_first_name(run: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbf" + (HEADER + ROWS).encode())
+    assert len(run().splits["train"]) == 2
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_b18_another_separator_is_suggested(run: Prepare, tmp_path: Path, separator: str) -> None:
+    path = csv(tmp_path, (HEADER + ROWS).replace(",", separator))
+    with pytest.raises(DataError) as caught:
+        run()
+    assert str(caught.value) == (f"{path}: 1 column found with separator ',', did you mean separator {separator!r}?")
+    assert len(run({"train": "train.csv", "separator": separator}).splits["train"]) == 2
+
+
+def test_b18_windows_line_ends(run: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes((HEADER + ROWS).replace("\n", "\r\n").encode() + b"3,a,1.0,0\n")
+    assert run().splits["train"].labels("label").tolist() == [0, 1, 0]
+
+
+def test_b18_a_header_in_the_middle(run: Prepare, tmp_path: Path) -> None:
+    path = csv(tmp_path, HEADER + ROWS + HEADER + ROWS)
+    with pytest.raises(DataError, match=f"^{path}, row 3, column 'price': 'price' is no number"):
+        run()
+
+
+@pytest.mark.parametrize("bad", [2, -1, 0.5, None, "yes", "nan"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_b19_labels_other_than_0_and_1(run: Prepare, tmp_path: Path, bad: Any, suffix: str) -> None:
+    kind = pl.String if isinstance(bad, str) else pl.Float64
+    labels = ["0", "1", bad, "1"] if isinstance(bad, str) else [0, 1, bad, 1]
+    frame = GOOD.with_columns(pl.Series("y", labels, dtype=kind))
+    path = tmp_path / f"train.{suffix}"
+    frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
+    with pytest.raises(DataError) as caught:
+        run({"train": path.name})
+    shown = repr(str(frame["y"][2])) if suffix == "csv" and bad is not None else repr(frame["y"][2])
+    assert str(caught.value).startswith(f"{path}, row 3, label column 'y': expected 0 or 1, found {shown} (1 rows")
+
+
+def test_b19_all_distinct_bad_labels_are_listed(run: Prepare, tmp_path: Path) -> None:
+    GOOD.with_columns(pl.Series("y", [3, 1, 2, 3])).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"row 1, label column 'y': expected 0 or 1, found 3, 2 \(3 rows"):
+        run({"train": "train.parquet"})
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_b20_one_class_is_an_error_in_train_and_a_warning_elsewhere(run: Prepare, tmp_path: Path, label: int) -> None:
+    same = GOOD.with_columns(y=pl.lit(label))
+    GOOD.write_parquet(tmp_path / "good.parquet")
+    same.write_parquet(tmp_path / "same.parquet")
+    with pytest.raises(DataError, match=rf"label 'label' \(column 'y'\) is {label} in all 4 rows"):
+        run({"train": "same.parquet"})
+    report = run({"train": "good.parquet", "valid": "same.parquet"}).report
+    assert report.warnings == [
+        f"valid: label 'label' is {label} in all 4 rows; AUC and other rank metrics are undefined there"
+    ]
+
+
+def test_fractional_ids_are_an_error(run: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    GOOD.with_columns(pl.Series("user", [1.0, 2.0, 2.5, 1.0])).write_parquet(path)
+    with pytest.raises(DataError, match=rf"^{path}, row 3, column 'user': 2\.5 is no whole number"):
+        run({"train": "train.parquet"})
+
+
+def test_lists_of_different_length_in_one_sequence(run: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    GOOD.with_columns(
+        pl.Series("users", [[1], [2], [1, 2], []]), pl.Series("cities", [["a"], ["b"], ["a"], []])
+    ).write_parquet(path)
+    with pytest.raises(DataError, match=rf"^{path}, row 3: 2 events in 'users' but 1 in 'cities'"):
+        run({"train": "train.parquet"}, sequences={"past": {"columns": {"user": "users", "city": "cities"}}})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("weight", [1.0, -1.0, 1.0, 1.0], r"row 2, context weight 'c': expected a finite number ≥ 0, found -1\.0"),
+        ("weight", [1.0, 1.0, float("nan"), 1.0], r"row 3, context weight 'c': expected a finite number"),
+        ("propensity", [0.5, 1.0, 0.0, 0.1], r"row 3, context propensity 'c': expected a number in \(0, 1\], found 0"),
+        ("position", [1.0, 1.5, 2.0, 3.0], r"row 2, context position 'c': expected a whole number, found 1\.5"),
+        ("group", [1, 2, 3, None], r"row 4, context group 'c': expected a value, found null"),
+    ],
+)
+def test_b33_context_outside_its_limits(
+    run: Prepare, tmp_path: Path, name: str, values: list[Any], message: str
+) -> None:
+    GOOD.with_columns(pl.Series("c", values)).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=message):
+        run({"train": "train.parquet"}, context={name: "c"})
+
+
+@pytest.mark.parametrize(
+    ("values", "block", "message"),
+    [
+        ([[1], [2], [1], [3]], {"categorical": ["user"]}, "list it under multi_valued or sequences"),
+        ([{"a": 1}] * 4, {"categorical": ["user"]}, "a categorical column holds integers, text"),
+        ([[1], [2], [1], [3]], {"numeric": ["user"]}, "a numeric column holds numbers"),
+        ([1, 2, 3, 4], {"multi_valued": ["user"]}, "expected a list column, or text with separators"),
+    ],
+)
+def test_b34_types_that_do_not_fit(
+    run: Prepare, tmp_path: Path, values: list[Any], block: dict[str, Any], message: str
+) -> None:
+    GOOD.with_columns(pl.Series("user", values)).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=f"column 'user' is .*{message}"):
+        run({"train": "train.parquet"}, **{"categorical": ["city"], "numeric": [], **block})
