@@ -70,7 +70,7 @@ class InteractingLayer(nn.Module):
         projected = variant.residual == "projected" or (variant.residual == "identity" and in_width != width)
         self.parts = 4 if projected else 3  # Q, K, V and, where it is learned, the residual
         self.scale = (width // heads) ** -0.5 if variant.scale else 1.0
-        # One matrix for all projections, so that the layer reads its input once.
+        # One matrix holds all projections, stacked.
         self.weight = nn.Parameter(torch.empty(self.parts * width, in_width))
         self.bias = nn.Parameter(torch.zeros(self.parts * width)) if variant.activated else None
         self.norm = nn.LayerNorm(width, eps=variant.eps) if variant.layer_norm else None
@@ -103,11 +103,14 @@ class InteractingLayer(nn.Module):
 
     def _project(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`[B, F, D] -> q, k, v [B, heads, F, d'], residual [B, F, width] or None`."""
-        parts = F.linear(e, self.weight, self.bias)  # [B, F, parts · width]
-        if self.variant.activated:
-            parts = F.relu(parts)
-        pieces = parts.chunk(self.parts, dim=2)
-        q, k, v = (p.unflatten(2, (self.heads, -1)).transpose(1, 2) for p in pieces[:3])
+        # One product on a GPU. On a CPU one per projection: small results are taken from memory that is at hand, while
+        # a large one is given back to the system and faulted in again in every step.
+        count = 1 if e.is_cuda else self.parts
+        biases = [None] * count if self.bias is None else self.bias.chunk(count)
+        wide = [F.linear(e, w, b) for w, b in zip(self.weight.chunk(count), biases, strict=True)]
+        wide = [F.relu(p) for p in wide] if self.variant.activated else wide
+        pieces = [piece for p in wide for piece in p.chunk(self.parts // count, dim=2)]  # each [B, F, width]
+        q, k, v = (p.view(*p.shape[:2], self.heads, -1).transpose(1, 2) for p in pieces[:3])
         residual = e if self.variant.residual == "identity" else None
         return q, k, v, pieces[3] if self.parts == 4 else residual
 
