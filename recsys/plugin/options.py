@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 import reprlib
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -150,14 +151,20 @@ def split(where: str) -> Path:
 
 
 def type_name(annotation: Any) -> str:
-    """Write an annotation as a reader of recipes knows it: `tuple[int, ...]`, `int or null`, `'a' | 'b'`."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return type_name(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(repr(value) for value in typing.get_args(annotation))
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return re.sub(r"\b(?:typing|collections\.abc|builtins)\.", "", str(annotation))
+    """Write an annotation as a reader of recipes knows it: `tuple[int, ...]`, `int | None`, `'a' | 'b'`."""
+    inner = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return type_name(inner[0])
+    if origin is typing.Literal:
+        return " | ".join(repr(value) for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(type_name(part) for part in inner)
+    if origin is not None and inner:
+        return f"{origin.__name__}[{', '.join('...' if part is ... else type_name(part) for part in inner)}]"
+    if annotation is type(None):
+        return "None"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:

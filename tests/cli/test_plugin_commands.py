@@ -157,3 +157,13 @@ def test_without_the_training_extra_the_message_names_it(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "pluggy", None)
     with pytest.raises(RecsysError, match=r"needs pluggy: pip install 'recsys\[train\]'"):
         run("list")
+
+
+def test_new_plugin_writes_a_package_and_says_what_to_do_next(tmp_path: Path) -> None:
+    text = run("new_plugin", "my_pool", "--kind", "sequence", "--out", str(tmp_path))
+    folder = tmp_path / "recsys-my-pool"
+    assert (folder / "recsys_my_pool.py").is_file()
+    assert str(folder / "example.yaml") in text
+    assert f"cd {folder} && pip install -e '.[test]' && pytest && recsys train example.yaml" in text
+    with pytest.raises(PluginError, match=r"unknown kind 'sequnce'. Did you mean 'sequence'\?"):
+        run("new_plugin", "other", "--kind", "sequnce", "--out", str(tmp_path))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from recsys.errors import PluginError, RecipeError
 from recsys.plugin import options
+from recsys.plugin.registry import load_registry
 
 if TYPE_CHECKING:
     from nowhere import Fields, Tensor
@@ -203,3 +205,49 @@ def test_descriptions_come_from_the_docstring() -> None:
 def test_paths_in_words_and_in_parts_say_the_same(path: list[str | int]) -> None:
     whole = ("model", *path)
     assert options.split(options.join("", whole)) == whole
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (int, "int"),
+        (tuple[int, ...], "tuple[int, ...]"),
+        (tuple[Annotated[str, "mark"], ...], "tuple[str, ...]"),
+        (Literal["a", "b"] | None, "'a' | 'b' | None"),
+        (Mapping[str, list[float]], "Mapping[str, list[float]]"),
+        (Any, "Any"),
+    ],
+)
+def test_types_are_written_as_recipes_know_them(annotation: Any, text: str) -> None:
+    assert options.type_name(annotation) == text
+
+
+TWO = """
+from recsys.plugin.hooks import Component, hookimpl
+class Plain:
+    '''Plain one.'''
+    def __init__(self, fields, *, layers: int = 3): ...
+class Needs:
+    def __init__(self, fields, *, dim: int): ...
+@hookimpl
+def recsys_components():
+    return [Component('interaction', 'plain_one', Plain), Component('interaction', 'needs_dim', Needs)]
+"""
+
+
+def test_the_json_schema_lists_components_by_kind(tmp_path: Path) -> None:
+    file = tmp_path / "two.py"
+    file.write_text(TWO)
+    schema = options.json_schema(load_registry(files=[file], environ={"RECSYS_DISABLE": "*"}))
+    plain = schema["$defs"]["interaction.plain_one"]
+    assert plain["properties"]["use"] == {"const": "plain_one"}
+    assert plain["properties"]["layers"]["type"] == "integer"
+    assert plain["required"] == ["use"]
+    assert plain["additionalProperties"] is False
+    assert plain["description"] == "Plain one."
+    assert schema["$defs"]["interaction.needs_dim"]["required"] == ["use", "dim"]
+    short = schema["$defs"]["interaction"]["anyOf"][0]["enum"]
+    assert "plain_one" in short
+    assert "needs_dim" not in short  # it cannot be written as a name alone
+    references = {choice["$ref"] for choice in schema["$defs"]["interaction"]["anyOf"][1:]}
+    assert {"#/$defs/interaction.plain_one", "#/$defs/interaction.needs_dim"} <= references
