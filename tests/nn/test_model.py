@@ -235,6 +235,15 @@ def test_logits_are_float32_under_autocast():
     assert torch.allclose(half, model(batch)["click"], rtol=0.1, atol=0.3)
 
 
+def test_a_head_in_half_precision_still_adds_up_in_float32():
+    fields = Model.consumer_fields(SCHEMA, Table(SCHEMA, dim=DIM))
+    head = Head(SCHEMA, [FM(fields)]).bfloat16()
+    parts = torch.tensor([[256.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16)  # 259 has no bfloat16
+    logit = head([parts], torch.zeros(1, 3, dtype=torch.int64), None)["click"]
+    assert logit.dtype == torch.float32
+    assert logit.item() == 259.0
+
+
 @pytest.mark.parametrize("pruned", [False, True])
 def test_export_with_any_batch_size_and_history_length(pruned):
     model = make()
