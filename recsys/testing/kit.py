@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recsys.errors import RecsysError, did_you_mean, listing
-from recsys.plugin import options as schema
 from recsys.plugin.hooks import KINDS, Component, Kind
-from recsys.plugin.loading import validate
 
 Factory = Callable[..., Any]
 
@@ -92,6 +90,10 @@ class Contract:
             raise TypeError("contract(kind, factory, **options) or contract(component, **options)")
         else:
             component = Component(kind, "component", factory)
+        # Imported here, because pytest imports this module at each start through the fixtures beside it.
+        from recsys.plugin import options as schema
+        from recsys.plugin.loading import validate
+
         label = f"{component.kind} '{getattr(component.factory, '__name__', component.factory)}'"
         try:
             validate([component])
