@@ -17,7 +17,8 @@ from recsys.data.values import STORED, Kind
 Ids = npt.NDArray[np.int64]
 _DENSE_SPACE = 1 << 16
 """Integer vocabularies whose values span at most this, or four times their size, are looked up in an array."""
-_PENDING = 1 << 20
+_PENDING = 1 << 17
+"""Counts of blocks kept beside the total before they are merged; more when the total is larger."""
 
 
 class Counts:
@@ -33,7 +34,7 @@ class Counts:
         block = values.drop_nulls().alias("value").value_counts(name="count", sort=False)
         self._pending.append(block.cast({"count": pl.UInt64}))
         self._waiting += block.height
-        if self._waiting > max(_PENDING, self._total.height):
+        if self._waiting > max(_PENDING, self._total.height // 2):
             self._merge()
 
     def _merge(self) -> None:
