@@ -23,7 +23,7 @@ PluginFiles = Annotated[
 ]
 Without = Annotated[
     list[str] | None,
-    typer.Option("--without", metavar="NAME", help="Do not import this installed plugin; can be repeated."),
+    typer.Option("--without", metavar="NAME", help="Do not import this installed plugin (`*`: any); can be repeated."),
 ]
 
 

@@ -25,6 +25,20 @@ SHAPES: dict[str, str] = {
     "exporter": "export(model, example, folder)",
 }
 
+PLACES: dict[str, str] = {
+    "source": "data:\n  source:",
+    "embedding": "model:\n  embedding:",
+    "selector": "model:\n  selector:",
+    "sequence": "model:\n  sequence:",
+    "interaction": "model:\n  interaction:",
+    "loss": "loss:",
+    "propensity": "",
+    "metric": "stages:\n  - use: evaluate\n    metrics: ",
+    "stage": "stages:\n  - ",
+    "exporter": "",
+}
+"""Where a recipe uses a component of each kind; empty where only another component asks for it."""
+
 
 def command(
     name: Annotated[str, typer.Argument(help="Name of a component, for example `autoint`.")],
@@ -63,7 +77,7 @@ def as_dict(entry: Registered) -> dict[str, Any]:
 
 
 def snippet(entry: Registered) -> str:
-    """Return YAML to paste into a recipe, with every option at its default."""
+    """Return YAML to paste into a recipe, with every option at its default (a metric stands by its name)."""
     import yaml
 
     kind, name = entry.component.kind, entry.component.name
@@ -73,15 +87,16 @@ def snippet(entry: Registered) -> str:
         value = json.loads(json.dumps(option.default, default=str))
         written = "…  # required" if option.required else _flow(yaml.safe_dump(value, default_flow_style=True))
         lines.append(f"{option.name}: {written}")
+    place = PLACES[kind]
+    if not place:
+        return "\n".join(lines)
     if kind == "metric":
-        return f"- {name}" if len(lines) == 1 else "- " + "\n  ".join(lines)
-    if kind == "stage":
-        return "stages:\n  - " + "\n    ".join(lines)
-    if kind in ("source", "loss", "propensity"):
-        block = {"source": "data"}.get(kind, "")
-        body = "\n".join(f"{'    ' if block else '  '}{line}" for line in lines)
-        return f"{block}:\n  {kind}:\n{body}" if block else f"{kind}:\n{body}"
-    return f"model:\n  {kind}:\n" + "\n".join(f"    {line}" for line in lines)
+        return f"{place}[{name}]"
+    *before, last = place.split("\n")
+    if last.endswith("- "):
+        last, lines = last + lines[0], lines[1:]
+    indent = " " * (len(last) - len(last.lstrip()) + 2)
+    return "\n".join([*before, last, *(indent + line for line in lines)])
 
 
 def _flow(text: str) -> str:

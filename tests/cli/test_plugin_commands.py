@@ -14,7 +14,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from recsys.cli.show import snippet
 from recsys.errors import PluginError, RecsysError
+from recsys.plugin.registry import load_registry
 
 PLUGIN = '''
 from __future__ import annotations
@@ -167,3 +169,27 @@ def test_new_plugin_writes_a_package_and_says_what_to_do_next(tmp_path: Path) ->
     assert f"cd {folder} && pip install -e '.[test]' && pytest && recsys train example.yaml" in text
     with pytest.raises(PluginError, match=r"unknown kind 'sequnce'. Did you mean 'sequence'\?"):
         run("new_plugin", "other", "--kind", "sequnce", "--out", str(tmp_path))
+
+
+def _specs(kind: str, pasted: Any) -> list[Any]:
+    """Return the component specs in a pasted snippet."""
+    if kind in ("propensity", "exporter"):
+        return [pasted]
+    if kind == "stage":
+        return list(pasted["stages"])
+    if kind == "metric":
+        return list(pasted["stages"][0]["metrics"])
+    block = pasted if kind == "loss" else pasted["data" if kind == "source" else "model"]
+    return [block[kind]]
+
+
+def test_every_snippet_of_every_component_is_a_valid_spec() -> None:
+    registry = load_registry(environ={})
+    for entry in registry.all():
+        kind, name = entry.component.kind, entry.component.name
+        specs = _specs(kind, yaml.safe_load(snippet(entry).replace("…", "'8'")))
+        assert len(specs) == 1
+        checked = registry.check(kind, specs[0], "here")
+        assert checked.name == name
+        defaults = {option.name: option.default for option in entry.options if not option.required}
+        assert {key: checked.options[key] for key in defaults} == defaults
