@@ -1,4 +1,4 @@
-"""What every test stands on: one thread per process, a cache of its own, and where the real data is."""
+"""What every test stands on: one thread per process, patience with slow machines, a cache, and the real data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Read by torch when it is first imported, here and in the processes that tests start: the tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No test is about time: on a busy machine an example may take any while.
+settings.register_profile("recsys", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("recsys")
 
 
 @pytest.fixture(autouse=True, scope="session")
