@@ -55,7 +55,9 @@ def blocks(logs: pl.LazyFrame, columns: Sequence[str], rows: int, what: str) -> 
     """
     at = 0
     with naming(what):
-        batches = iter(logs.select(columns).collect_batches(chunk_size=rows, maintain_order=True, engine="streaming"))
+        # In the order of the files: after a projection that reorders columns, Polars reads ahead without limit.
+        ordered = [c for c in logs.collect_schema().names() if c in set(columns)]
+        batches = iter(logs.select(ordered).collect_batches(chunk_size=rows, maintain_order=True, engine="streaming"))
     while True:
         with naming(what):
             block = next(batches, None)
