@@ -50,7 +50,7 @@ def _print(recipe: Recipe, dry: Dry) -> None:
             table.add_row(column.name, f"{kind}, at most {history.max_length}", f"{column.rows:,}", column.shares or "")
     console.print(table)
     steps = " → ".join(f"{name} [{', '.join(shape)}]" for name, shape in dry.shapes.items())
-    console.print(f"\nshapes: {steps} → logit [B]", highlight=False, markup=False)
+    console.print(f"\nshapes: {steps} → logit [B]", highlight=False, markup=False, soft_wrap=True)
     count = sum(p.numel() for p in dry.model.parameters())
     tables = sum(p.numel() for p in dry.model.parameter_groups()[0])
     batch = recipe.train.batch_size
@@ -58,10 +58,13 @@ def _print(recipe: Recipe, dry: Dry) -> None:
     console.print(
         f"parameters: {count:,} ({tables:,} in tables) · with gradients and optimizer {count * 16 / 2**20:,.1f} MiB",
         highlight=False,
+        soft_wrap=True,
     )
     step = 3 * dry.flops * batch / 1e9
     cost = f"cost: {dry.flops / 1e6:,.2f} MFLOP per row forward, about {step:,.1f} GFLOP per step of {batch:,} rows"
-    console.print(cost, highlight=False)
+    console.print(cost, highlight=False, soft_wrap=True)
     stages = ", ".join(stage.options.get("name") or stage.name for stage in recipe.stages)
-    console.print(f"splits: {', '.join(dry.splits)} · stages: {stages}", highlight=False)
-    console.print(f"the recipe is sound; sizes are those of the first {dry.rows:,} training rows", highlight=False)
+    console.print(f"splits: {', '.join(dry.splits)} · stages: {stages}", highlight=False, soft_wrap=True)
+    console.print(
+        f"the recipe is sound; sizes are those of the first {dry.rows:,} training rows", highlight=False, soft_wrap=True
+    )

@@ -40,5 +40,7 @@ def command(
     console = Console()
     rows, unknown = predict_files(run, registry, data, out, keep=keep or (), data_root_given=data_root, console=console)
     console.print(
-        f"{rows:,} rows scored into {out} · {unknown:.2%} of their values are unknown to the model", highlight=False
+        f"{rows:,} rows scored into {out} · {unknown:.2%} of their values are unknown to the model",
+        highlight=False,
+        soft_wrap=True,
     )

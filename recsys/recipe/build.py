@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import recsys
-from recsys.contracts import EncodedSchema, Loss, Metric, Source
+from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Source
 from recsys.data.encode import Encoder
 from recsys.data.prepare import Prepared, prepare
 from recsys.data.shards import Shards
@@ -25,10 +25,11 @@ from recsys.nn.model import Model
 from recsys.plugin.registry import Checked, Registry
 from recsys.recipe.check import Recipe, check_document
 from recsys.recipe.reader import Document
+from recsys.train import distributed
 from recsys.train.checkpoint import read_json, write_json
-from recsys.train.distributed import World, wait_for_all
+from recsys.train.distributed import World
 from recsys.train.progress import bar
-from recsys.train.run import Run
+from recsys.train.run import Run, Spec
 
 
 def cache_folder() -> Path:
@@ -50,17 +51,18 @@ def build_source(recipe: Recipe, registry: Registry, root: DataRoot) -> Source:
 
 def prepare_data(recipe: Recipe, source: Source, console: Console, world: World) -> Prepared:
     """Encode the splits, or take them from the cache; one process of each machine does it for the others."""
-    if world.local_rank == 0:
+
+    def work() -> Prepared:
         with bar(console, disable=not world.leads) as progress:
             task = progress.add_task("reading the data", total=None)
-            prepared = prepare(
+            return prepare(
                 recipe.data,
                 source,
                 cache_folder(),
                 progress=lambda what, rows: progress.update(task, description=what, completed=rows),
             )
-    wait_for_all()
-    return prepared if world.local_rank == 0 else prepare(recipe.data, source, cache_folder())
+
+    return distributed.led(world, work) or prepare(recipe.data, source, cache_folder())
 
 
 def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed: int) -> Model:
@@ -118,8 +120,11 @@ def build_run(
 ) -> Run:
     """Put the parts together."""
 
-    def metric(spec: str | Mapping[str, Any]) -> Metric:
+    def metric(spec: Spec) -> Metric:
         return cast(Metric, registry.build("metric", spec, where="metric"))
+
+    def exporter(spec: Spec) -> Exporter:
+        return cast(Exporter, registry.build("exporter", spec, where="exporter"))
 
     return Run(
         folder=folder,
@@ -129,6 +134,7 @@ def build_run(
         build_model=lambda seed: build_model(recipe, registry, encoder.schema, seed),
         loss=build_loss(recipe, registry, encoder.schema),
         metric=metric,
+        exporter=exporter,
         recipe=recipe.document.value,
         world=world,
         console=console,

@@ -169,8 +169,12 @@ def _check(document: Document, registry: Registry, name: str, folder: Path) -> R
 def _component(registry: Registry, kind: Kind, spec: Any, where: str) -> Checked:
     checked = registry.check(kind, spec, where)
     for option, other in _named(registry.get(kind, checked.name).model):
-        for name in _as_list(checked.options[option]):
-            registry.check(cast(Kind, other), name, f"{where}.{option}")
+        value = checked.options[option]
+        several = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        for i, entry in enumerate(several):
+            registry.check(
+                cast(Kind, other), entry, f"{where}.{option}[{i}]" if value is several else f"{where}.{option}"
+            )
     return checked
 
 
@@ -185,10 +189,6 @@ def _kinds(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[str]:
     yield from (mark.kind for mark in (*metadata, *getattr(annotation, "__metadata__", ())) if isinstance(mark, Named))
     for inner in get_args(annotation):
         yield from _kinds(inner)
-
-
-def _as_list(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def _stages(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from recsys.errors import RecsysError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,30 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def led(world: World, work: Callable[[], T]) -> T | None:
+    """Let the first process of each machine work while the others wait; its error stops them all.
+
+    Returns:
+        What `work` returned, where it ran; None elsewhere.
+    """
+    result, failure = None, None
+    if world.local_rank == 0:
+        try:
+            result = work()
+        except RecsysError as error:
+            failure = error
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        failures = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+        dist.all_reduce(failures)
+        if failure is None and int(failures):
+            # The process that failed tells the user; the others only stop.
+            raise SystemExit(1)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def gather_rows(local: Tensor) -> Tensor:

@@ -116,10 +116,13 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         rows = FitProgress(progress, len(run.split("train")), first, options.epochs, run.stage)
         epochs.begin(task, EpochBatches(batches, first), progress, first)
         trainer = _trainer(run, options, [rows, epochs], max_epochs=options.epochs - first)
+        deterministic = torch.are_deterministic_algorithms_enabled()
         with warnings.catch_warnings():
             # Lightning suggests DataLoader workers; rows come from memory maps and need none.
             warnings.filterwarnings("ignore", module="lightning")
             trainer.fit(task, train_dataloaders=epochs.loader)
+        # Lightning leaves its choice behind, and metrics would be summed in another order than `recsys evaluate` does.
+        torch.use_deterministic_algorithms(deterministic)
     run.model.to(run.device)
     run.rows_trained += len(run.split("train")) * (len(epochs.history) - first)
     run.seconds_training += rows.seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,8 @@ def make_logger(name: Literal["csv", "tensorboard", "wandb", "mlflow"], folder: 
     try:
         match name:
             case "csv":
+                # Lightning would warn of the curves that a resumed stage is about to write again.
+                shutil.rmtree(folder / stage / "curves", ignore_errors=True)
                 return loggers.CSVLogger(folder / stage, name="curves", version="")
             case "tensorboard":
                 return loggers.TensorBoardLogger(folder / stage, name="curves", version="")

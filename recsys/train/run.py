@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
-from recsys.contracts import EncodedSchema, Loss, Metric, Selection
+from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Selection
 from recsys.data.encode import Encoder
 from recsys.data.shards import Shards
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
@@ -21,6 +21,9 @@ from recsys.nn.selection import load_selection, save_selection
 from recsys.train.checkpoint import load_tensors, read_json, save_tensors, write_json
 from recsys.train.distributed import World, wait_for_all
 from recsys.train.options import TrainOptions
+
+Spec = str | Mapping[str, Any]
+"""A component as a recipe writes it: its name, or `{use: NAME, **options}`."""
 
 Scores = dict[str, dict[str, float]]
 """split → metric → value."""
@@ -52,6 +55,7 @@ class Run:
         build_model: makes the recipe's model with fresh weights from a seed.
         loss: of the recipe.
         metric: makes a metric from its recipe entry (a name, or a mapping with `use`).
+        exporter: the same for an exporter.
         recipe: the resolved recipe, as plain values.
         world: this process among those that train together.
         console: where messages to the user go.
@@ -64,7 +68,8 @@ class Run:
     splits: Mapping[str, Shards]
     build_model: Callable[[int], Model]
     loss: Loss
-    metric: Callable[[str | Mapping[str, Any]], Metric]
+    metric: Callable[[Spec], Metric]
+    exporter: Callable[[Spec], Exporter]
     recipe: Mapping[str, Any]
     world: World = field(default_factory=World)
     console: Console = field(default_factory=Console)
@@ -118,7 +123,7 @@ class Run:
     def say(self, text: str) -> None:
         """Tell the user, once however many processes train."""
         if self.world.leads:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def keep_weights(self) -> None:
         """Save the model as it is now; stages that change it call this last."""
@@ -148,6 +153,7 @@ class Run:
         """Make the model physically smaller, and remember how."""
         path = self.stage_folder / "selection.safetensors"
         if self.world.leads:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_selection(selection, path)
         wait_for_all()
         self.state["selections"].append(f"{self.stage}/selection.safetensors")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from rich.table import Table as TextTable
 
 from recsys.contracts import Metric, Named
@@ -14,7 +15,7 @@ from recsys.nn.model import Model
 from recsys.nn.selection import is_everything
 from recsys.train.checkpoint import save_tensors, sha256, write_json
 from recsys.train.fit import Fit
-from recsys.train.run import Run
+from recsys.train.run import Run, Spec
 from recsys.train.score import measure, predict
 
 __all__ = ["Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind"]
@@ -88,7 +89,7 @@ class Evaluate:
     """Score every row of the splits once and measure.
 
     Args:
-        metrics: names of metrics.
+        metrics: names of metrics, or `{use: NAME, …}` with options.
         splits: names of splits; by default validation and test, as far as there are any.
     """
 
@@ -97,7 +98,7 @@ class Evaluate:
     def __init__(
         self,
         *,
-        metrics: tuple[Annotated[str, Named("metric")], ...] = ("auc", "logloss"),
+        metrics: tuple[Annotated[str | dict[str, Any], Named("metric")], ...] = ("auc", "logloss"),
         splits: tuple[Literal["train", "valid", "test"], ...] | None = None,
     ) -> None:
         self.metrics = metrics
@@ -105,7 +106,7 @@ class Evaluate:
 
     def run(self, run: Run) -> None:
         """Fill `run.scores`."""
-        metrics = {name: _metric(run, name) for name in self.metrics}
+        metrics = {_name(spec): _metric(run, spec) for spec in self.metrics}
         names = self.splits or tuple(name for name in ("valid", "test") if name in run.splits)
         if not names:
             raise RecipeError(f"{run.stage}: the data has neither a valid nor a test split; give `splits: [train]`")
@@ -119,9 +120,16 @@ class Evaluate:
 
 
 class Export:
-    """Write the trained model with all that is needed to use it: weights, encoder, schema, recipe, hashes."""
+    """Write the trained model with all that is needed to use it: weights, encoder, schema, recipe, hashes.
+
+    Args:
+        exporters: further formats to write, each into its own folder: names of exporters, or `{use: NAME, …}`.
+    """
 
     name = "export"
+
+    def __init__(self, *, exporters: tuple[Annotated[str | dict[str, Any], Named("exporter")], ...] = ()) -> None:
+        self.exporters = exporters
 
     def run(self, run: Run) -> None:
         """Write the folder `export` of the run."""
@@ -134,6 +142,10 @@ class Export:
         write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
         for index, name in enumerate(run.state["selections"]):
             (folder / f"selection-{index}.safetensors").write_bytes((run.folder / name).read_bytes())
+        example = run.split("train").gather(np.arange(min(8, len(run.split("train")))))
+        for spec in self.exporters:
+            (folder / _name(spec)).mkdir(parents=True, exist_ok=True)
+            run.exporter(spec).export(run.model, example.to(run.device), folder / _name(spec))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
         write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
         run.say(f"{run.stage}: {folder}")
@@ -144,12 +156,16 @@ def _load_all_but_selector(model: Model, weights: Mapping[str, Any]) -> None:
     model.load_state_dict({**weights, **own})
 
 
-def _metric(run: Run, name: str) -> Metric:
-    metric = run.metric(name)
+def _name(spec: Spec) -> str:
+    return spec if isinstance(spec, str) else str(spec["use"])
+
+
+def _metric(run: Run, spec: Spec) -> Metric:
+    metric = run.metric(spec)
     for need in metric.needs:
         if need not in run.schema.context:
             raise RecipeError(
-                f"{run.stage}: the metric '{name}' needs the context column '{need}'; "
+                f"{run.stage}: the metric '{_name(spec)}' needs the context column '{need}'; "
                 f"name one under data.context, for instance `{need}: user`"
             )
     return metric
