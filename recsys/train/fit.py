@@ -111,6 +111,7 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         functools.partial(_optimizer, options=options),
         total_steps=steps * options.epochs,
         first_step=steps * first,
+        clip_norm=options.clip_norm,
     )
     with bar(run.console, disable=not run.world.leads) as progress:
         rows = FitProgress(progress, len(run.split("train")), first, options.epochs, run.stage)
@@ -149,7 +150,6 @@ def _trainer(run: Run, options: TrainOptions, callbacks: list[Callback], max_epo
         strategy="ddp" if run.world.size > 1 else "auto",
         precision="bf16-mixed" if options.precision == "bf16" else "32-true",
         max_epochs=max_epochs,
-        gradient_clip_val=options.clip_norm or None,
         accumulate_grad_batches=options.accumulate,
         callbacks=callbacks,
         logger=False,

@@ -22,6 +22,7 @@ class Task(lightning.LightningModule):
         optimizer: makes the optimizer of a model.
         total_steps: optimizer steps of the whole stage, for selectors that follow a schedule.
         first_step: steps that were done before, when the stage was resumed.
+        clip_norm: largest norm of the whole gradient; 0 does not clip.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Task(lightning.LightningModule):
         optimizer: Callable[[Model], torch.optim.Optimizer],
         total_steps: int,
         first_step: int = 0,
+        clip_norm: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -38,12 +40,23 @@ class Task(lightning.LightningModule):
         self._optimizer = optimizer
         self._total_steps = max(total_steps, 1)
         self._first_step = first_step
+        self._clip_norm = clip_norm
         # No buffer: those are overwritten by the first rank's before every forward pass.
         self.loss_sum = torch.zeros(())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the stage's optimizer."""
         return self._optimizer(self.model)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the whole gradient; Lightning's own way refuses fused optimizers under autocast."""
+        if self._clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self._clip_norm)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return this batch's part of the step's mean loss, `[]`."""
