@@ -19,7 +19,7 @@ from recsys.data.schema import DataConfig
 from recsys.data.shard_files import VERSION
 from recsys.data.shards import Shards, sync_folder, write_shards
 from recsys.data.sources import Identified, Traceable
-from recsys.data.split import row_finder, split_frames
+from recsys.data.split import row_finder, scanned_as, split_frames
 from recsys.errors import DataError
 
 Progress = Callable[[str, int], None]
@@ -102,7 +102,7 @@ def _build(config: DataConfig, source: Source, folder: Path, progress: Progress 
     frames = split_frames(source, config.split)
     for name in frames:
         if isinstance(source, Traceable):
-            source.require("all" if config.split else name, config.columns())
+            source.require(scanned_as(source, config.split, name), config.columns())
     wheres = {name: row_finder(source, config.split, name, frame) for name, frame in frames.items()}
     known = frames["train"].collect_schema().names()
     report = EncodeReport(ignored=tuple(c for c in known if c not in config.columns()))

@@ -23,12 +23,45 @@ _INDEX = "__split_row"
 def split_frames(source: Source, split: Split | None) -> Mapping[str, pl.LazyFrame]:
     """Return the raw rows of `train` and, where there are any, of `valid` and `test`.
 
+    A split divides all rows of the source; where the source gives its splits itself, the train rows, and what the
+    source gives besides stays as it is (such as an official test file).
+
     Raises:
-        DataError: the split column is missing or has nulls, or a split that was asked for gets no rows.
+        DataError: the split column is missing or has nulls, a split that was asked for gets no rows, or the source
+            and the rule both give one.
     """
     if split is None:
         return _given(source)
-    rows = source.scan("all")
+    if _whole(source) is not None:
+        return _divide(source.scan("all"), split)
+    given = dict(_given(source))
+    frames = dict(_divide(given.pop("train"), split))
+    for name, frame in given.items():
+        if name in frames:
+            raise DataError(
+                f"split: the source gives {name!r} rows, and the rule takes some of the train rows too"
+            )
+        frames[name] = frame
+    return frames
+
+
+def scanned_as(source: Source, split: Split | None, name: str) -> str:
+    """Return under which name a source knows the rows that a split is taken from."""
+    if split is None:
+        return name
+    if _whole(source) is not None:
+        return "all"
+    return name if name in _given(source) else "train"
+
+
+def _whole(source: Source) -> pl.LazyFrame | None:
+    try:
+        return source.scan("all")
+    except MissingSplit:
+        return None
+
+
+def _divide(rows: pl.LazyFrame, split: Split) -> Mapping[str, pl.LazyFrame]:
     needed = split.columns if isinstance(split, HashSplit) else (split.column,)
     known = rows.collect_schema().names()
     for column in needed:
@@ -53,10 +86,10 @@ def row_finder(source: Source, split: Split | None, name: str, rows: pl.LazyFram
     fallback = where_in(rows)
     if not isinstance(source, Traceable):
         return fallback
-    traceable = source
+    traceable, scanned = source, scanned_as(source, split, name)
 
     def where(wrong: pl.Expr) -> str:
-        return traceable.where("all" if split else name, wrong) or fallback(wrong)
+        return traceable.where(scanned, wrong) or fallback(wrong)
 
     return where
 

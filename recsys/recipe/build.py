@@ -29,7 +29,7 @@ from recsys.train import distributed
 from recsys.train.checkpoint import read_json, write_json
 from recsys.train.distributed import World
 from recsys.train.progress import bar
-from recsys.train.run import Run, Spec
+from recsys.train.run import PlantedTruth, Run, Spec
 
 
 def cache_folder() -> Path:
@@ -138,8 +138,7 @@ def build_run(
         recipe=recipe.document.value,
         world=world,
         console=console,
-        # Only a source with planted truth can say what the best model would reach.
-        reference=getattr(source, "reference", None),
+        reference=source.reference if isinstance(source, PlantedTruth) else None,
     )
 
 

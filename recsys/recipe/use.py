@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +18,13 @@ from recsys.data.batches import EvalBatches
 from recsys.data.blocks import EncodedColumns
 from recsys.data.report import SplitReport
 from recsys.data.shards import Shards, write_blocks, write_shards
-from recsys.data.sources import DataRoot, Traceable
-from recsys.data.split import split_frames
+from recsys.data.split import row_finder, split_frames
 from recsys.errors import DataError, RecipeError, did_you_mean, listing
 from recsys.plugin.registry import Registry
 from recsys.recipe.build import build_source, data_root, load_trained
 from recsys.recipe.check import Recipe
 from recsys.train.progress import bar
-from recsys.train.run import Run, Scores
+from recsys.train.run import PlantedTruth, Run, Scores
 from recsys.train.stages import Evaluate
 
 ENDINGS = (".parquet", ".csv", ".ndjson")
@@ -65,7 +63,7 @@ def predict_files(
         task = progress.add_task("encoding rows", total=None)
         counts = SplitReport()
         blocks = run.encoder.transform(
-            logs, labels=False, report=counts, where=_locator(source, "all"), what=listing(files)
+            logs, labels=False, report=counts, where=row_finder(source, None, "all", logs), what=listing(files)
         )
         told = _telling(blocks, lambda: progress.update(task, completed=counts.rows))
         # Rows to be scored have inputs only.
@@ -107,12 +105,16 @@ def evaluate_run(
         if name not in frames:
             raise RecipeError(f"no split '{name}'.{did_you_mean(name, frames)} Splits: {listing(frames)}")
     run.model.to(run.device)
-    run.reference = getattr(source, "reference", None)
+    run.reference = source.reference if isinstance(source, PlantedTruth) else None
     run.scores = {}
     with tempfile.TemporaryDirectory() as temporary:
         run.splits = {
             name: write_shards(
-                run.encoder, frames[name], Path(temporary) / name, where=_locator(source, name), what=f"split {name}"
+                run.encoder,
+                frames[name],
+                Path(temporary) / name,
+                where=row_finder(source, recipe.data.split, name, frames[name]),
+                what=f"the {name} split",
             )
             for name in wanted
         }
@@ -129,11 +131,6 @@ def plain_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         split: {name: None if math.isnan(value) else value for name, value in values.items()}
         for split, values in scores.items()
     }
-
-
-def as_json(value: Mapping[str, Any]) -> str:
-    """Return one line of JSON."""
-    return json.dumps(value)
 
 
 def _evaluate_stage(recipe: Recipe, metrics: Sequence[str], splits: Sequence[str]) -> Evaluate:
@@ -182,12 +179,3 @@ def _telling(blocks: Iterator[EncodedColumns], tell: Callable[[], None]) -> Iter
     for block in blocks:
         yield block
         tell()
-
-
-def _locator(source: Source, split: str) -> Any:
-    if not isinstance(source, Traceable):
-        return None
-    return lambda wrong: source.where(split, wrong)
-
-
-__all__ = ["DataRoot", "as_json", "evaluate_run", "plain_scores", "predict_files"]

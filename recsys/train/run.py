@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
@@ -29,10 +29,11 @@ Scores = dict[str, dict[str, float]]
 """split → metric → value."""
 
 
-class Reference(Protocol):
-    """A source that knows the truth behind its labels."""
+@runtime_checkable
+class PlantedTruth(Protocol):
+    """A source that knows the truth behind its labels, as simulated logs do."""
 
-    def __call__(self, split: str) -> Mapping[str, float]:
+    def reference(self, split: str) -> Mapping[str, float]:
         """Return metric → the best value that any model could reach on `split`."""
         ...
 
@@ -73,7 +74,7 @@ class Run:
     recipe: Mapping[str, Any]
     world: World = field(default_factory=World)
     console: Console = field(default_factory=Console)
-    reference: Reference | None = None
+    reference: Callable[[str], Mapping[str, float]] | None = None
     stage: str = ""
     scores: Scores = field(default_factory=dict)
     rows_trained: int = 0

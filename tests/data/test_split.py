@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.data.hashing import hash_text, mix
-from recsys.data.schema import DataConfig
-from recsys.data.split import split_frames
+from recsys.data.schema import DataConfig, HashSplit
+from recsys.data.sources import MissingSplit
+from recsys.data.split import scanned_as, split_frames
 from recsys.errors import DataError
 
 
@@ -144,3 +145,30 @@ def test_column_splits() -> None:
 def test_column_splits_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         split(pl.DataFrame({"fold": [1, 2, 3]}), by="column", column="fold", **options)
+
+
+class Official(Memory):
+    """A source with an official train and test part."""
+
+    def scan(self, name: str) -> pl.LazyFrame:
+        if name not in ("train", "test"):
+            raise MissingSplit(f"no {name!r} split")
+        return self.frame.lazy().filter(pl.col("part") == name).drop("part")
+
+
+def test_a_rule_divides_the_train_part_of_a_source_with_an_official_test_part() -> None:
+    frame = pl.DataFrame({"row": range(1000), "part": ["train"] * 800 + ["test"] * 200})
+    rule = HashSplit(by="hash", valid=0.1, test=0)
+    source = Official(frame)
+    parts = {name: rows.collect()["row"].to_list() for name, rows in split_frames(source, rule).items()}
+    assert parts["test"] == list(range(800, 1000))
+    assert sorted(parts["train"] + parts["valid"]) == list(range(800))
+    assert 40 < len(parts["valid"]) < 120
+    assert {n: scanned_as(source, rule, n) for n in parts} == dict(train="train", valid="train", test="test")
+
+
+def test_a_split_given_twice_is_refused() -> None:
+    frame = pl.DataFrame({"row": range(1000), "part": ["train"] * 800 + ["test"] * 200})
+    rule = HashSplit(by="hash", valid=0.1, test=0.1)
+    with pytest.raises(DataError, match="the source gives 'test' rows, and the rule takes some"):
+        split_frames(Official(frame), rule)

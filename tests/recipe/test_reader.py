@@ -101,7 +101,11 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_base_lies_below_and_options_of_another_component_go(tmp_path: Path) -> None:
-    write(tmp_path, "base.yaml", "model: {interaction: {use: mlp, hidden: [4]}, head: {wide: true}}\ntrain: {epochs: 3, seed: 1}")
+    write(
+        tmp_path,
+        "base.yaml",
+        "model: {interaction: {use: mlp, hidden: [4]}, head: {wide: true}}\ntrain: {epochs: 3, seed: 1}",
+    )
     top = write(tmp_path, "top.yaml", "base: base.yaml\nmodel: {interaction: {use: fm}}\ntrain: {epochs: 9}")
     document = reader.read(top)
     assert document.value == {
