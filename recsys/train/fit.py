@@ -165,7 +165,7 @@ def _trainer(run: Run, options: TrainOptions, callbacks: list[Callback], max_epo
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class Epochs(Callback):
     """After every epoch: score, keep the best, lower the learning rate, stop, checkpoint."""
 
