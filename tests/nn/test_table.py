@@ -119,3 +119,22 @@ def test_a_history_column_of_a_fields_name_has_its_own_rows_unless_it_shares():
     own = Table(EncodedSchema((Field("a", 5),), (History("h", (Field("a", 4),), 2), History("g", (Field("a", 3),), 2))))
     shared = Table(EncodedSchema((Field("a", 5),), (History("h", (Field("a", 5, shares="a"),), 2),)))
     assert (len(own.weight), len(shared.weight)) == (5 + 4 + 3, 5)
+
+
+@pytest.mark.parametrize("reads", ["fields", "history"])
+def test_the_gradient_is_the_same_in_training_and_evaluation_to_the_bit(reads):
+    table = make()
+    gen = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, 12, (500, 4), generator=gen)
+    events = torch.randint(-1, 12, (200, 6, 2), generator=gen)
+
+    def gradient(train):
+        table.train(train).zero_grad()
+        e = table(ids, torch.ones(500, 4)) if reads == "fields" else table.history("past", events)
+        (e * torch.linspace(-1, 1, e.numel()).view(e.shape)).sum().backward()
+        return e.detach(), table.weight.grad.clone()
+
+    (trained, ours), (evaluated, standard) = gradient(True), gradient(False)
+    assert torch.equal(trained, evaluated)
+    assert torch.equal(ours, standard)
+    assert ours.abs().sum() > 0
