@@ -15,6 +15,10 @@ from recsys.api import Component, Fields, MLPBlock, RecipeError, hookimpl
 Preset = Literal["paper", "official", "fuxictr", "deepctr"]
 Residual = Literal["projected", "identity", "none"]
 
+SMALL = 16
+"""Up to so many fields, on a CPU, scores and softmax as plain products are faster than the blockwise kernel; the
+shares `[B, heads, F, F]` are then no larger than a projection, and kept for the gradient alone."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -83,10 +87,7 @@ class InteractingLayer(nn.Module):
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, F, width]`."""
         q, k, v, residual = self._project(e)
-        dropout = self.dropout if self.training else 0.0
-        # The scale is always given: left out, attention would divide by √d' whatever the variant says.
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)  # [B, heads, F, d']
-        out = mixed.transpose(1, 2).flatten(2)  # [B, F, width]
+        out = self._mix(q, k, v).transpose(1, 2).flatten(2)  # [B, F, width]
         if residual is not None:
             out = out + residual
         if self.norm is not None and not self.variant.norm_last:
@@ -99,7 +100,19 @@ class InteractingLayer(nn.Module):
     def attention(self, e: Tensor) -> Tensor:
         """Who looks at whom, `[B, F, D] -> [B, heads, F, F]`; rows add up to one."""
         q, k, _, _ = self._project(e)
-        return torch.softmax(q @ k.transpose(2, 3) * self.scale, dim=-1)
+        return self._shares(q, k)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q, k, v [B, heads, F, d'] -> [B, heads, F, d']`."""
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type == "cpu" and q.shape[2] <= SMALL and not dropout:
+            return self._shares(q, k) @ v
+        # The scale is always given: left out, attention would divide by √d' whatever the variant says.
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+
+    def _shares(self, q: Tensor, k: Tensor) -> Tensor:
+        """`q, k [B, heads, F, d'] -> [B, heads, F, F]`."""
+        return torch.softmax((q if self.scale == 1.0 else q * self.scale) @ k.transpose(2, 3), dim=-1)
 
     def _project(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`[B, F, D] -> q, k, v [B, heads, F, d'], residual [B, F, width] or None`."""

@@ -271,3 +271,28 @@ def test_dropout_works_on_attention_in_training_only():
 def test_width_must_divide_into_heads():
     with pytest.raises(RecipeError, match="width 10 cannot be split over 3 heads"):
         AutoInt(fields(2, 4), heads=3, width=10)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_few_and_many_fields_take_different_ways_to_the_same_result(preset, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoInt(fields(6, 8), preset=preset, layers=2, width=8).double()
+    e = torch.randn(5, 6, 8, dtype=torch.float64)
+    above = torch.randn(5, model.width, dtype=torch.float64)
+
+    def both_ways():
+        x = e.clone().requires_grad_()
+        out = model(x)
+        return out, *torch.autograd.grad(out, [x, *model.parameters()], above, allow_unused=True)
+
+    few = both_ways()
+    monkeypatch.setattr("recsys_autoint.SMALL", 0)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    calls = []
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k)
+    )
+    many = both_ways()
+    assert len(calls) == 2
+    for ours, theirs in zip(few, many, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
