@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,11 +34,11 @@ PLACES: dict[str, str] = {
     "interaction": "model:\n  interaction:",
     "loss": "loss:",
     "propensity": "",
-    "metric": "stages:\n  - use: evaluate\n    metrics: ",
+    "metric": "stages:\n  - use: evaluate\n    metrics:\n      - ",
     "stage": "stages:\n  - ",
-    "exporter": "",
+    "exporter": "stages:\n  - use: export\n    exporters:\n      - ",
 }
-"""Where a recipe uses a component of each kind; empty where only another component asks for it."""
+"""Where a recipe uses a component of each kind; empty where no part of a recipe takes it."""
 
 
 def command(
@@ -77,21 +78,14 @@ def as_dict(entry: Registered) -> dict[str, Any]:
 
 
 def snippet(entry: Registered) -> str:
-    """Return YAML to paste into a recipe, with every option at its default (a metric stands by its name)."""
-    import yaml
-
+    """Return YAML to paste into a recipe, with every option at its default."""
     kind, name = entry.component.kind, entry.component.name
     lines = [f"use: {name}"]
     for option in entry.options:
-        # Through JSON: a recipe has lists and text where Python has tuples and paths.
-        value = json.loads(json.dumps(option.default, default=str))
-        written = "…  # required" if option.required else _flow(yaml.safe_dump(value, default_flow_style=True))
-        lines.append(f"{option.name}: {written}")
+        lines.append(f"{option.name}: {'…  # required' if option.required else _flow(option.default)}")
     place = PLACES[kind]
     if not place:
         return "\n".join(lines)
-    if kind == "metric":
-        return f"{place}[{name}]"
     *before, last = place.split("\n")
     if last.endswith("- "):
         last, lines = last + lines[0], lines[1:]
@@ -99,8 +93,19 @@ def snippet(entry: Registered) -> str:
     return "\n".join([*before, last, *(indent + line for line in lines)])
 
 
-def _flow(text: str) -> str:
+def _flow(value: Any) -> str:
+    """Write a default as a recipe has it, on one line."""
+    import yaml
+
+    # Through JSON: a recipe has lists and text where Python has tuples and paths.
+    plain = json.loads(json.dumps(value, default=str))
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _unwrapped(body: str) -> str:
+    """Join the lines that only the width of the source broke, so that the terminal's width can break them."""
+    return re.sub(r"(?m)^(.{90,})\n(?=\S)(?!\S+ [=←])", r"\1 ", body)
 
 
 def _print(entry: Registered) -> None:
@@ -114,12 +119,12 @@ def _print(entry: Registered) -> None:
     console.rule(f"[bold]{component.name}[/] · {component.kind} · {escape(entry.origin)}", align="left")
     console.print(escape(entry.doc.summary or "(no description)"))
     if entry.doc.body:
-        console.print("\n" + escape(entry.doc.body))
+        console.print("\n" + escape(_unwrapped(entry.doc.body)))
     console.print(f"\n[bold]shapes[/]  {escape(SHAPES[component.kind])}\n")
     if entry.options:
         table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
         for option in entry.options:
-            default = "required" if option.required else repr(option.default)
+            default = "required" if option.required else _flow(option.default)
             table.add_row(*map(escape, (option.name, option.type, default, option.description)))
         console.print(table)
     else:

@@ -59,7 +59,10 @@ EXAMPLES: dict[Kind, _Example] = {
     ),
     "interaction": _Example("A recipe uses it under `model.interaction`.", interaction="{use: NAME, layers: 2}"),
     "loss": _Example("A recipe uses it under `loss`.", block="loss: {use: NAME}\n"),
-    "propensity": _Example("Losses that correct for exposure ask for it by name; the example trains without one."),
+    "propensity": _Example(
+        "No part of a recipe takes a propensity model yet: call `fit` and `estimate` from a loss or a stage of yours. "
+        "The example recipe does not use it; it is here to train with such a loss."
+    ),
     "metric": _Example(
         "A recipe uses it in the `metrics` of an evaluate stage.",
         stages=("{use: fit}", "{use: evaluate, metrics: [auc, NAME]}", "{use: export}"),
@@ -68,7 +71,14 @@ EXAMPLES: dict[Kind, _Example] = {
         "A recipe uses it in its list of stages.",
         stages=("{use: fit}", "{use: NAME, bits: 10}", "{use: evaluate, metrics: [auc, logloss]}"),
     ),
-    "exporter": _Example("Stages that write models ask for it by name; the example trains without one."),
+    "exporter": _Example(
+        "A recipe uses it in the `exporters` of an export stage, which gives it a folder of its own below `export/`.",
+        stages=(
+            "{use: fit}",
+            "{use: evaluate, metrics: [auc, logloss]}",
+            "{use: export, exporters: [{use: NAME, half: true}]}",
+        ),
+    ),
 }
 
 

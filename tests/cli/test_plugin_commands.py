@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from recsys.cli.show import snippet
 from recsys.errors import PluginError, RecsysError
 from recsys.plugin.registry import load_registry
+from recsys.recipe.check import load_recipe
 
 PLUGIN = '''
 from __future__ import annotations
@@ -171,25 +172,52 @@ def test_new_plugin_writes_a_package_and_says_what_to_do_next(tmp_path: Path) ->
         run("new_plugin", "other", "--kind", "sequnce", "--out", str(tmp_path))
 
 
-def _specs(kind: str, pasted: Any) -> list[Any]:
-    """Return the component specs in a pasted snippet."""
-    if kind in ("propensity", "exporter"):
-        return [pasted]
-    if kind == "stage":
-        return list(pasted["stages"])
-    if kind == "metric":
-        return list(pasted["stages"][0]["metrics"])
-    block = pasted if kind == "loss" else pasted["data" if kind == "source" else "model"]
-    return [block[kind]]
+QUICKSTART = """
+data:
+  source: {use: simulated, rows: 100}
+  label: y
+  categorical: [user, item]
+model: {interaction: fm}
+"""
 
 
-def test_every_snippet_of_every_component_is_a_valid_spec() -> None:
+def test_every_snippet_makes_a_recipe_that_is_accepted_and_means_the_defaults(tmp_path: Path) -> None:
     registry = load_registry(environ={})
+    assert registry.all()
     for entry in registry.all():
         kind, name = entry.component.kind, entry.component.name
-        specs = _specs(kind, yaml.safe_load(snippet(entry).replace("…", "'8'")))
-        assert len(specs) == 1
-        checked = registry.check(kind, specs[0], "here")
-        assert checked.name == name
-        defaults = {option.name: option.default for option in entry.options if not option.required}
-        assert {key: checked.options[key] for key in defaults} == defaults
+        pasted = yaml.safe_load(snippet(entry).replace("…", "'8'"))
+        whole = yaml.safe_load(QUICKSTART)
+        for block, value in pasted.items():
+            whole[block] = {**whole.get(block, {}), **value} if isinstance(value, dict) and block != "loss" else value
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole))
+        recipe = load_recipe(tmp_path / "recipe.yaml", registry)
+
+        used = [*recipe.parts.values(), *recipe.interactions, recipe.loss, *recipe.stages]
+        used += [registry.check("source", recipe.data.source, "data.source")]
+        for stage in recipe.stages:
+            for other in ("metric", "exporter"):
+                used += [registry.check(other, spec, "here") for spec in stage.options.get(f"{other}s", ())]
+        found = [checked for checked in used if checked.name == name]
+        assert found, (kind, name)
+        given = {option.name for option in entry.options}
+        for option in entry.options:
+            value = next(checked for checked in found if set(checked.options) == given).options[option.name]
+            assert option.required or value == option.default, (name, option.name)
+
+
+def test_show_writes_defaults_as_a_recipe_has_them() -> None:
+    text = " ".join(run("show", "evaluate").split())
+    assert "[auc, logloss]" in text
+    assert "null names of splits" in text
+    assert "None" not in text.split("splits")[-1]
+
+
+def test_show_leaves_the_breaking_of_lines_to_the_terminal() -> None:
+    text = run("show", "ece")
+    assert "rows of one score stay together" in " ".join(text.split())
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert not any(
+        line.strip() == "rows each, and rows of one score stay together (in the bin of their middle" for line in lines
+    )
+    assert "logit = " in [line[:8] for line in run("show", "autoint").splitlines()]

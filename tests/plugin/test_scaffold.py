@@ -20,6 +20,7 @@ from recsys.plugin.hooks import KINDS, Component
 from recsys.plugin.registry import Registry, load_registry
 from recsys.plugin.scaffold import write
 from recsys.recipe.check import load_recipe
+from recsys.recipe.execute import Session
 from recsys.testing import contract
 
 
@@ -50,8 +51,37 @@ def test_each_kind_keeps_its_contract_and_has_a_valid_recipe(kind: Any, registry
         recipe.loss.name,
         *(part.name for part in (*recipe.parts.values(), *recipe.interactions, *recipe.stages)),
         *(name for stage in recipe.stages for name in stage.options.get("metrics", ())),
+        *(spec["use"] for stage in recipe.stages for spec in stage.options.get("exporters", ())),
     }
-    assert ("my_thing" in used) == (kind not in ("propensity", "exporter"))
+    if kind == "propensity":  # which the README admits
+        assert "my_thing" not in used
+        assert "No part of a recipe takes a propensity model yet" in (folder / "README.md").read_text()
+    else:
+        assert "my_thing" in used
+
+
+@pytest.mark.parametrize(
+    ("kind", "results"),
+    [
+        ("selector", ["2-prune/selection.safetensors", "export/model.safetensors"]),
+        ("exporter", ["export/my_thing/weights.safetensors", "export/my_thing/weights.json"]),
+        ("stage", ["metrics.json"]),
+    ],
+)
+def test_the_example_recipe_trains(
+    kind: Any, results: list[str], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECSYS_CACHE", str(tmp_path / "cache"))
+    folder = write("my_thing", kind, tmp_path, registry)
+    loaded = load_registry(files=[folder / "recsys_my_thing.py"], environ={})
+    tiny = ["data.source.rows=2000", "train.epochs=1"]
+    recipe = load_recipe(folder / "example.yaml", loaded, tiny)
+    result = Session(recipe, loaded, tmp_path / "run", as_json=True).run()
+    assert result is not None
+    for split in result["metrics"]:
+        assert 0 < result["metrics"][split]["auc"] < 1
+    for name in results:
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
 
 
 def test_the_generated_files_hold_no_placeholder(registry: Registry, tmp_path: Path) -> None:
