@@ -42,9 +42,13 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run a command; what the user can fix is printed as one message, with exit status 1."""
+    """Run a command; what the user can fix (a full disk too) is printed as one message, with exit status 1."""
     try:
         app()
     except RecsysError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
 from recsys.cli.train import DataRootOption
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ def command(
 
 
 def _print(recipe: Recipe, dry: Dry) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     table = Table("input", "kind", "ids", "shares", box=None, pad_edge=False)
     for field in dry.schema.fields:
         table.add_row(field.name, "numeric" if field.numeric else "categorical", f"{field.rows:,}", field.shares or "")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
 from recsys.cli.train import DataRootOption
 
 
@@ -31,8 +31,6 @@ def command(
     `recsys evaluate runs/mine --split test --metric auc --metric ece`; `recsys list metric` names them all.
     """
     registry = open_registry(plugin, without)
-    from rich.console import Console
-
     from recsys.recipe.use import evaluate_run, plain_scores
 
     _, scores = evaluate_run(
@@ -41,7 +39,7 @@ def command(
         splits=split or (),
         metrics=metric or (),
         data_root_given=data_root,
-        console=Console(stderr=as_json),
+        console=make_console(stderr=as_json),
     )
     if as_json:
         import json

@@ -12,10 +12,14 @@ import typer
 from recsys.errors import RecsysError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from recsys.plugin.registry import Registry
 
 EXTRAS: dict[str, tuple[str, ...]] = {"train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors")}
 """Extra → the top-level modules that it installs."""
+
+_UNBROKEN = 10_000
 
 PluginFiles = Annotated[
     list[Path] | None,
@@ -25,6 +29,14 @@ Without = Annotated[
     list[str] | None,
     typer.Option("--without", metavar="NAME", help="Do not import this installed plugin (`*`: any); can be repeated."),
 ]
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return where messages go: as wide as the terminal, and without line breaks into a file or a pipe."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_UNBROKEN)
 
 
 def require(extra: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
 
 
 def command(
@@ -40,7 +40,6 @@ def command(
         ]
         print(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -48,7 +47,7 @@ def command(
     for entry in entries:
         cells = (entry.component.kind, entry.component.name, entry.doc.summary, entry.origin)
         table.add_row(*map(escape, cells))
-    console = Console()
+    console = make_console()
     console.print(table)
     if remarks := registry.remarks():
         console.print(escape(remarks), style="yellow")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
 
 if TYPE_CHECKING:
     from recsys.plugin.loading import Candidate
@@ -49,11 +49,10 @@ def _row(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     table = Table("plugin", "from", "version", "load s", "state", "components", box=None, pad_edge=False)
     colours = {"loaded": "green", "broken": "red", "disabled": "yellow"}
     for row in rows:

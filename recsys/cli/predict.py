@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
 from recsys.cli.train import DataRootOption
 
 
@@ -33,14 +33,11 @@ def command(
     Values that training never saw are scored as unknown and counted.
     """
     registry = open_registry(plugin, without)
-    from rich.console import Console
-
     from recsys.recipe.use import predict_files
 
-    console = Console()
-    rows, unknown = predict_files(run, registry, data, out, keep=keep or (), data_root_given=data_root, console=console)
-    console.print(
-        f"{rows:,} rows scored into {out} · {unknown:.2%} of their values are unknown to the model",
-        highlight=False,
-        soft_wrap=True,
+    console = make_console()
+    rows, unknown, remark = predict_files(
+        run, registry, data, out, keep=keep or (), data_root_given=data_root, console=console
     )
+    told = f"{rows:,} rows scored into {out} · {unknown:.2%} of their values are unknown to the model"
+    console.print(f"{told}\n{remark}" if remark else told, highlight=False, markup=False, soft_wrap=True)

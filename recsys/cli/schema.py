@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="The data part of recipes: infer a 
 @app.command("infer")
 def infer(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Logs: Parquet, CSV, TSV, NDJSON or Arrow IPC; globs work.")
+        list[str], typer.Argument(metavar="FILE", help="Logs: Parquet, CSV, TSV, NDJSON or Arrow IPC; all of one kind.")
     ],
 ) -> None:
     """Write a first `data:` block for your own logs, with a reason beside every guess.
@@ -23,8 +23,7 @@ def infer(
     """
     from recsys.data.infer import infer_schema
 
-    for file in files:
-        print(infer_schema(file))
+    print(infer_schema(*files))
 
 
 @app.command("json")

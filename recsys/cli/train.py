@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
 from recsys.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def command(
         Path | None, typer.Option("--resume", metavar="RUN", help="Continue this run where it stopped.")
     ] = None,
     allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="With --resume: go on although versions or data have changed.")
+        bool,
+        typer.Option("--allow-drift", help="With --resume: go on although versions have changed; never other data."),
     ] = False,
     data_root: DataRootOption = None,
     plugin: PluginFiles = None,
@@ -70,7 +71,7 @@ def command(
         resume=resume is not None,
         allow_drift=allow_drift,
         data_root=data_root,
-        as_json=as_json,
+        console=make_console(stderr=as_json),
     )
     if execute.must_launch(checked):
         source = (

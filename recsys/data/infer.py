@@ -13,6 +13,7 @@ import polars as pl
 from recsys.data.blocks import event_type, is_list
 from recsys.data.formats import naming
 from recsys.data.sources import DataRoot, Files
+from recsys.errors import listing
 
 ROWS = 1_000_000
 """Rows looked at."""
@@ -55,24 +56,24 @@ class _Column:
         return self.distinct == 2 and self.low == 0 and self.high == 1 and self.whole and not self.nulls
 
 
-def infer_schema(path: str) -> str:
-    """Return YAML text of a `data:` block for the logs in `path`: a file, folder or glob.
+def infer_schema(*paths: str) -> str:
+    """Return YAML text of one `data:` block for the logs in `paths`: files, folders or globs.
 
     Columns that cannot help (constant, all different, nested) are commented out with the reason.
 
     Raises:
         DataError: the logs cannot be read, or have no rows.
     """
-    source = Files(DataRoot((Path(),)), path=path)
+    source = Files(DataRoot((Path(),)), path=paths)
     logs = source.scan("all").head(ROWS)
-    with naming(path):
+    with naming(listing(paths, 3)):
         columns = [_look(logs, name, dtype) for name, dtype in logs.collect_schema().items()]
     label = _guess_label(columns)
     times = [c for c in columns if c is not label and _is_time(c)]
     splits = [c for c in columns if _SPLIT.search(c.name)]
     rest = [c for c in columns if c is not label and c not in times and c not in splits]
-    lines = [f"# Guessed from {columns[0].rows:,} rows of {path}; check every line.", "data:"]
-    lines.append(f"  source: {{use: files, path: {json.dumps(path)}}}")
+    lines = [f"# Guessed from {columns[0].rows:,} rows of {listing(paths, 3)}; check every line.", "data:"]
+    lines.append(f"  source: {{use: files, path: {json.dumps(paths[0] if len(paths) == 1 else paths)}}}")
     if times:
         lines.append(f"  split: {{by: time, column: {_text(times[0].name)}, valid: 0.1, test: 0.1}}")
     else:

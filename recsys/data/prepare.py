@@ -18,7 +18,7 @@ from recsys.data.report import EncodeReport, SplitReport
 from recsys.data.schema import DataConfig
 from recsys.data.shard_files import VERSION
 from recsys.data.shards import Shards, sync_folder, write_shards
-from recsys.data.sources import Identified, Traceable
+from recsys.data.sources import Identified, Traceable, naming_file
 from recsys.data.split import row_finder, scanned_as, split_frames
 from recsys.errors import DataError
 
@@ -108,13 +108,16 @@ def _build(config: DataConfig, source: Source, folder: Path, progress: Progress 
     report = EncodeReport(ignored=tuple(c for c in known if c not in config.columns()))
     if progress is not None:
         progress("learn vocabularies", 0)
-    encoder = Encoder.fit(frames["train"], config, where=wheres["train"])
+    columns = config.columns()
+    with naming_file(source, scanned_as(source, config.split, "train"), columns):
+        encoder = Encoder.fit(frames["train"], config, where=wheres["train"])
     encoder.save(folder / "encoder")
     for name, frame in frames.items():
         counts = report.splits[name] = SplitReport()
         told = None if progress is None else partial(progress, f"encode {name}")
         what = f"the {name} split"
-        write_shards(encoder, frame, folder / name, report=counts, where=wheres[name], what=what, progress=told)
+        with naming_file(source, scanned_as(source, config.split, name), columns):
+            write_shards(encoder, frame, folder / name, report=counts, where=wheres[name], what=what, progress=told)
     report.warnings += _warnings(report)
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(text, encoding="utf-8")

@@ -34,6 +34,19 @@ class SplitReport:
     positives: dict[str, int] = field(default_factory=dict)
     columns: dict[str, ColumnCounts] = field(default_factory=dict)
 
+    def remark(self) -> str:
+        """Return the counts of all columns in a few words, such as `12 unknown values in 2 columns`; or nothing."""
+        kinds = {"missing": "null", "unknown": "unknown", "not finite": "non_finite", "cut": "cut"}
+        parts = []
+        for word, kind in kinds.items():
+            counts = {name: n for name, column in self.columns.items() if (n := getattr(column, kind))}
+            if counts:
+                total = sum(counts.values())
+                what = ("list" if word == "cut" else f"{word} value") + ("s" if total > 1 else "")
+                where = f"column {next(iter(counts))!r}" if len(counts) == 1 else f"{len(counts)} columns"
+                parts.append(f"{total:,} {what}{' cut' if word == 'cut' else ''} in {where}")
+        return ", ".join(parts)
+
     def column(self, name: str) -> ColumnCounts:
         """Return the counts of a column, started at zero."""
         return self.columns.setdefault(name, ColumnCounts())
@@ -70,6 +83,10 @@ class EncodeReport:
         if self.ignored:
             lines.append(f"columns not used: {', '.join(self.ignored)}")
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+    def remarks(self) -> list[str]:
+        """Return one line for each split in which values were missing, unknown, not finite or cut."""
+        return [f"{name}: {text}" for name, counts in self.splits.items() if (text := counts.remark())]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -35,6 +36,26 @@ class Traceable(Protocol):
     def require(self, split: str, columns: Sequence[str]) -> None:
         """Raise a `DataError` naming the file that lacks one of `columns`."""
         ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A source that can find the file that stops reading. Sources need not; errors are then less precise."""
+
+    def read_through(self, split: str, columns: Sequence[str]) -> None:
+        """Read all rows of a split and drop them; raise a `DataError` naming the file that cannot be read."""
+        ...
+
+
+@contextmanager
+def naming_file(source: object, split: str, columns: Sequence[str]) -> Iterator[None]:
+    """Let an error in the midst of reading a split name the file: it is looked for only then."""
+    try:
+        yield
+    except DataError as error:
+        if isinstance(error.__cause__, pl.exceptions.PolarsError | OSError) and isinstance(source, Readable):
+            source.read_through(split, columns)
+        raise
 
 
 @runtime_checkable
@@ -201,6 +222,15 @@ class Files:
             if not rows.is_empty():
                 return f"{file}, row {rows[_ROW][0]}"
         return None
+
+    def read_through(self, split: str, columns: Sequence[str]) -> None:
+        """Raise a `DataError` naming the first file whose rows cannot be read."""
+        for file in self.files(split):
+            with naming(file):
+                frame = self._open(file)
+                known = [c for c in frame.collect_schema().names() if c in columns]
+                for _ in frame.select(known).collect_batches(engine="streaming"):
+                    pass
 
     def identity(self) -> str:
         """Return path, size and modification time of every file, side tables included, as one text."""

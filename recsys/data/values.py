@@ -23,6 +23,7 @@ STORED: dict[Kind, pl.DataType] = {"int": pl.Int64(), "uint": pl.UInt64(), "text
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 _EXACT = 2.0**53
+_LARGEST = float(np.finfo(np.float32).max)
 _ROW = "__row"
 
 
@@ -89,12 +90,13 @@ def comparable(values: pl.Series, kind: Kind, where: Where) -> pl.Series:
         DataError: a float column has values that are not whole numbers.
     """
     dtype = values.dtype
-    if dtype.is_float():
+    if dtype.is_float() or dtype.is_decimal():
         values = _whole(values, where)
     elif not dtype.is_integer():
         values = values.cast(pl.String)
     if values.dtype == pl.String and kind != "text":
-        values = values.str.strip_chars()
+        # Other programs write whole numbers as 12.0 as soon as one value of the column is missing.
+        values = values.str.strip_chars().str.replace(r"\.0+$", "")
     return values if values.dtype == STORED[kind] else values.cast(STORED[kind], strict=False)
 
 
@@ -108,7 +110,7 @@ def _whole(values: pl.Series, where: Where) -> pl.Series:
             f"{where(wrong)}, column {values.name!r}: {bad[0]!r} is no whole number that a float can hold exactly; "
             "ids must be whole numbers or text. List the column under `numeric`, or store it as integers."
         )
-    return values.fill_nan(None).cast(pl.Int64)
+    return values.cast(pl.Float64).fill_nan(None).cast(pl.Int64)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Numbers:
 
 
 def numbers(values: pl.Series, tokens: Sequence[Value], where: Where) -> Numbers:
-    """Read a numeric column; NaN and infinities are counted and become missing.
+    """Read a numeric column; NaN, infinities and what is too large for float32 are counted and become missing.
 
     Raises:
         DataError: a text is no number and no declared null token, or the type is no number.
@@ -144,7 +146,8 @@ def numbers(values: pl.Series, tokens: Sequence[Value], where: Where) -> Numbers
     clean = values.to_frame().select(pl.when(~declared).then(read)).to_series()
     nulls = clean.null_count()
     value = clean.fill_null(float("nan")).to_numpy().astype(np.float64, copy=True)
-    finite = np.isfinite(value)
+    # What float32 cannot hold would be infinite as soon as it reaches the model.
+    finite = np.abs(value) <= _LARGEST
     value[~finite] = np.nan
     return Numbers(value, nulls, int(len(value) - finite.sum()) - nulls)
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def must_launch(recipe: Recipe) -> bool:
 
 def launch_all(arguments: Sequence[str], recipe: Recipe) -> None:
     """Start the processes of a recipe that trains on several devices, and exit as they do."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if recipe.train.accelerator == "gpu" and torch.cuda.device_count() < recipe.train.devices:
@@ -78,6 +79,8 @@ def launch_all(arguments: Sequence[str], recipe: Recipe) -> None:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         sys.exit(next((code for code in codes if code > 0), 1))
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
 
 
 def _launched() -> bool:
@@ -94,7 +97,7 @@ class Session:
     resume: bool = False
     allow_drift: bool = False
     data_root: Path | None = None
-    as_json: bool = False
+    console: Console = field(default_factory=Console)
 
     def run(self) -> dict[str, Any] | None:
         """Do everything; return the result, from the process that leads."""
@@ -103,8 +106,7 @@ class Session:
             torch.set_num_threads(self.recipe.train.threads)
         world = distributed.join_world(self.recipe.train.accelerator)
         try:
-            console = Console(stderr=self.as_json)
-            run = self._run(world, console)
+            run = self._run(world, self.console)
             return self._report(run, time.monotonic() - started) if world.leads else None
         except RecsysError as error:
             # Every process meets the same error; one message is enough.
@@ -112,6 +114,10 @@ class Session:
                 raise
             sys.stderr.write(f"rank {world.rank}: {error}\n")
             sys.exit(1)
+        except KeyboardInterrupt:
+            if world.leads and (self.folder / "run.json").exists():
+                sys.stderr.write(f"stopped; `recsys train --resume {self.folder}` continues\n")
+            raise
         finally:
             distributed.leave_world()
 
@@ -140,8 +146,10 @@ class Session:
         parameters = sum(p.numel() for p in run.model.parameters())
         rows = ", ".join(f"{name} {len(shards):,}" for name, shards in prepared.splits.items())
         run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters")
-        if world.leads and not self.resume:
+        if world.leads and not (self.folder / "data.json").exists():
             write_json(self.folder / "data.json", prepared.report.to_json())
+            for remark in prepared.report.remarks():
+                run.say(escape(f"{remark} (see data.json)"))
             for warning in prepared.report.warnings:
                 run.say(f"[yellow]warning: {escape(warning)}[/yellow]")
         run.model.to(run.device)

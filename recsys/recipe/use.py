@@ -18,6 +18,7 @@ from recsys.data.batches import EvalBatches
 from recsys.data.blocks import EncodedColumns
 from recsys.data.report import SplitReport
 from recsys.data.shards import Shards, write_blocks, write_shards
+from recsys.data.sources import naming_file
 from recsys.data.split import row_finder, split_frames
 from recsys.errors import DataError, RecipeError, did_you_mean, listing
 from recsys.plugin.registry import Registry
@@ -40,11 +41,11 @@ def predict_files(
     keep: Sequence[str] = (),
     data_root_given: Path | None = None,
     console: Console,
-) -> tuple[int, float]:
+) -> tuple[int, float, str]:
     """Score raw rows, in their order, all of them; write `score` (or `score_<task>`) beside the kept columns.
 
     Returns:
-        (rows, share of values that the encoder did not know)
+        (rows, share of values that the encoder did not know, what else encoding met in a few words)
 
     Raises:
         DataError: a column is missing or a value cannot be read.
@@ -68,18 +69,22 @@ def predict_files(
         told = _telling(blocks, lambda: progress.update(task, completed=counts.rows))
         # Rows to be scored have inputs only.
         schema = replace(run.schema, tasks=(), context=())
-        shards = write_blocks(schema, told, Path(temporary) / "rows")
+        with naming_file(source, "all", known):
+            shards = write_blocks(schema, told, Path(temporary) / "rows")
         columns = _scores(run, shards)
-        unknown = sum(column.unknown for column in counts.columns.values())
-        values = len(shards) * max(len(run.schema.fields), 1)
         frame = pl.DataFrame(columns)
+        for column in frame.columns:
+            if column in keep:
+                raise RecipeError(f"--keep {column}: the scores have that name; rename the column in the logs")
         if keep:
             frame = pl.concat([logs.select(keep).collect(), frame], how="horizontal")
     if frame.height != len(shards):
         raise DataError(f"{listing(files)}: {frame.height} rows were scored, {len(shards)} were read")
     out.parent.mkdir(parents=True, exist_ok=True)
     _write(frame, out)
-    return frame.height, unknown / max(values, 1)
+    names = [field.name for field in run.schema.fields]
+    unknown = sum(column.unknown for name, column in counts.columns.items() if name in names)
+    return frame.height, unknown / (frame.height * max(len(names), 1)), counts.remark()
 
 
 def evaluate_run(
@@ -143,8 +148,11 @@ def _scores(run: Run, shards: Shards) -> dict[str, Any]:
     parts: dict[str, list[torch.Tensor]] = {}
     run.model.eval()
     with torch.inference_mode():
-        for _, batch in EvalBatches(shards, run.train.eval_batch_size):
+        for first, batch in EvalBatches(shards, run.train.eval_batch_size):
             for task, logit in run.model(batch.to(run.device)).items():
+                if not bool(torch.isfinite(logit).all()):
+                    row = first + int((~torch.isfinite(logit)).nonzero()[0, 0]) + 1
+                    raise DataError(f"row {row}: the model's prediction is not finite; are its numbers far too large?")
                 parts.setdefault(task, []).append(logit.double().sigmoid().cpu())
     single = len(run.schema.tasks) == 1
     return {

@@ -64,10 +64,18 @@ def read_json(path: Path) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all; tensors that share memory are written out each."""
+    """Write tensors as safetensors, whole or not at all; tensors that share memory are written out each.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, temporary)
+    try:
+        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, temporary)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error})") from None
     flush(temporary)
     temporary.replace(path)
     flush(path.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class Fit:
         epochs: most epochs; by default `train.epochs`.
         learning_rate: by default `train.learning_rate`.
         patience: by default `train.patience`; 0 never stops early.
-        snapshot_epoch: also keep the weights after this many epochs (0: the initial ones) for `rewind`.
+        snapshot_epoch: also keep the weights after this many epochs (0: the initial ones) for `rewind`; the
+            stage does not stop before.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Fit:
     def run(self, run: Run) -> None:
         """Fit `run.model`; its weights are the best epoch's afterwards."""
         options = run.train.model_copy(update=self._changed)
+        if (self.snapshot_epoch or 0) > options.epochs:
+            raise RecipeError(f"{run.stage}: snapshot_epoch is {self.snapshot_epoch}, but epochs is {options.epochs}")
         batches = TrainBatches(
             run.split("train"),
             options.batch_size,
@@ -75,6 +79,8 @@ class Fit:
         if self.snapshot_epoch == 0:
             run.keep_snapshot(self.name)
         first = epochs.resume()
+        if self.snapshot_epoch and first >= self.snapshot_epoch:
+            run.found_snapshot(self.name)
         if first < options.epochs and not epochs.finished:
             _train(run, options, batches, epochs, first)
         epochs.load_best()
@@ -121,7 +127,12 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         with warnings.catch_warnings():
             # Lightning suggests DataLoader workers; rows come from memory maps and need none.
             warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(task, train_dataloaders=epochs.loader)
+            try:
+                trainer.fit(task, train_dataloaders=epochs.loader)
+            except SystemExit:
+                # That is how Lightning passes Ctrl-C on, after it has turned further ones off.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from None
         # Lightning leaves its choice behind, and metrics would be summed in another order than `recsys evaluate` does.
         torch.use_deterministic_algorithms(deterministic)
     run.model.to(run.device)
@@ -234,7 +245,8 @@ class Epochs(Callback):
                 group["lr"] *= self.options.plateau_factor
         if self.stage.snapshot_epoch == epoch:
             self.run.keep_snapshot(self.stage.name)
-        self.finished = bool(self.options.patience) and self.without_gain >= self.options.patience
+        due = epoch >= (self.stage.snapshot_epoch or 0)
+        self.finished = due and bool(self.options.patience) and self.without_gain >= self.options.patience
         self._tell(epoch, scores, better)
         self._save(trainer.optimizers[0], epoch)
         trainer.should_stop = self.finished

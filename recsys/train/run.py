@@ -134,6 +134,10 @@ class Run:
     def keep_snapshot(self, name: str) -> None:
         """Save the weights for a later `rewind` to the stage `name`."""
         self._write_tensors(self.stage_folder / "snapshot.safetensors", self.model.state_dict())
+        self.found_snapshot(name)
+
+    def found_snapshot(self, name: str) -> None:
+        """Note that the running stage has kept its snapshot, now or before it was stopped."""
         self.state["snapshots"][name] = f"{self.stage}/snapshot.safetensors"
 
     def snapshot(self, name: str) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ def test_the_example_recipe_trains(
     loaded = load_registry(files=[folder / "recsys_my_thing.py"], environ={})
     tiny = ["data.source.rows=2000", "train.epochs=1"]
     recipe = load_recipe(folder / "example.yaml", loaded, tiny)
-    result = Session(recipe, loaded, tmp_path / "run", as_json=True).run()
+    result = Session(recipe, loaded, tmp_path / "run").run()
     assert result is not None
     for split in result["metrics"]:
         assert 0 < result["metrics"][split]["auc"] < 1

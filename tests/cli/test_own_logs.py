@@ -1,0 +1,178 @@
+"""A modeller's own logs: every format, other types at prediction time, and what is told about bad values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+Command = Callable[..., str]
+MODEL = "model: {interaction: fm, embedding: {use: table, dim: 4}}\ntrain: {epochs: 1, batch_size: 64}\n"
+
+
+def logs(rows: int = 400) -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    user, city = rng.integers(0, 20, rows), np.array(["Köln", "a,b", 'q"x', "東京"])[rng.integers(0, 4, rows)]
+    frame = pl.DataFrame(
+        {
+            "user": user,
+            "city": city,
+            "price": np.round(rng.exponential(size=rows), 3),
+            "ts": np.arange(rows) + 10**9,
+            "click": (rng.random(rows) < 0.2 + 0.03 * user).astype(int),
+        }
+    )
+    return frame.with_columns(pl.when(pl.col("user") != 3).then(pl.col("city")).alias("city"))
+
+
+def write(frame: pl.DataFrame, path: Path) -> Path:
+    match path.suffix:
+        case ".parquet":
+            frame.write_parquet(path)
+        case ".csv":
+            frame.write_csv(path)
+        case ".tsv":
+            frame.write_csv(path, separator="\t")
+        case ".ndjson":
+            frame.write_ndjson(path)
+        case _:
+            frame.write_ipc(path)
+    return path
+
+
+@pytest.fixture
+def recipe(recsys: Command, tmp_path: Path) -> Path:
+    """What `schema infer` says of Parquet logs, with a model."""
+    path = write(logs(), tmp_path / "logs.parquet")
+    (tmp_path / "recipe.yaml").write_text(recsys("schema", "infer", path) + MODEL)
+    return tmp_path / "recipe.yaml"
+
+
+def test_equal_values_score_equally_in_every_format_and_type(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    run = tmp_path / "run"
+    recsys("train", recipe, "--out", run)
+    new = logs().tail(60)
+    enum = pl.Enum([str(i) for i in range(30)])
+    others = {
+        "as.csv": new,
+        "as.tsv": new,
+        "as.ndjson": new,
+        "as.arrow": new,
+        "text.parquet": new.with_columns(pl.col("user", "price").cast(pl.String)),
+        "categories.arrow": new.with_columns(pl.col("city").cast(pl.Categorical), pl.col("user").cast(pl.String).cast(enum)),
+        "floats.parquet": new.with_columns(pl.col("user").cast(pl.Float64)),
+        "floats.csv": new.with_columns(pl.col("user").cast(pl.Float64)),
+        "decimal.parquet": new.with_columns(pl.col("user").cast(pl.Decimal(10, 2))),
+        "order.parquet": new.select("price", "city", "user").with_columns(extra=pl.lit([1, 2])),
+    }  # fmt: skip
+
+    def scores(path: Path) -> list[float]:
+        told = recsys("predict", run, "--data", path, "--out", tmp_path / "scores.parquet")
+        assert "0.00% of their values are unknown" in told
+        found: list[float] = pl.read_parquet(tmp_path / "scores.parquet")["score"].to_list()
+        return found
+
+    expected = scores(write(new, tmp_path / "new.parquet"))
+    assert len(set(expected)) > 50
+    for name, frame in others.items():
+        assert scores(write(frame, tmp_path / name)) == expected, name
+
+
+def test_missing_and_unknown_values_are_told(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    frame = logs().with_columns(
+        pl.when(pl.col("ts") % 100 == 3).then(float("nan")).when(pl.col("ts") % 100 == 4).then(1e300)
+        .otherwise(pl.col("price")).alias("price"),
+        pl.when(pl.col("ts") >= 10**9 + 360).then(pl.col("user") + 1000).otherwise(pl.col("user")).alias("user"),
+    )  # fmt: skip
+    path = write(frame, tmp_path / "logs.parquet")
+    told = recsys("train", recipe, "--out", tmp_path / "run")
+    nulls = frame["city"].null_count()
+    train = frame["city"][:320].null_count()
+    assert (
+        f"train: {train} missing values in column 'city', 8 not finite values in column 'price' (see data.json)" in told
+    )
+    assert "test: " in told
+    assert "40 unknown values in column 'user'" in told
+    told = recsys("predict", tmp_path / "run", "--data", path, "--out", tmp_path / "scores.csv")
+    assert "3.33% of their values are unknown" in told
+    assert f"{nulls} missing values in column 'city', 40 unknown values in column 'user', 8 not finite" in told
+
+
+def test_numbers_too_large_for_the_model_are_missing(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    recsys("train", recipe, "--out", tmp_path / "run")
+    for value in (1e300, float("inf"), None):
+        write(logs().with_columns(price=pl.lit(value, pl.Float64)), tmp_path / "new.parquet")
+        recsys("predict", tmp_path / "run", "--data", tmp_path / "new.parquet", "--out", tmp_path / f"{value}.csv")
+    assert pl.read_csv(tmp_path / "1e+300.csv").equals(pl.read_csv(tmp_path / "None.csv"))
+    assert pl.read_csv(tmp_path / "inf.csv").equals(pl.read_csv(tmp_path / "None.csv"))
+
+
+def test_scores_are_not_written_under_a_kept_name(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    recsys("train", recipe, "--out", tmp_path / "run")
+    new = write(logs().with_columns(score=pl.lit(1)), tmp_path / "new.parquet")
+    with pytest.raises(SystemExit, match=r"error: --keep score: the scores have that name"):
+        recsys("predict", tmp_path / "run", "--data", new, "--out", tmp_path / "s.csv", "--keep", "score")
+
+
+def test_several_files_are_one_data_set(recsys: Command, tmp_path: Path) -> None:
+    first, second = write(logs()[:150], tmp_path / "a.csv"), write(logs()[150:], tmp_path / "b.csv")
+    block = recsys("schema", "infer", first, second)
+    assert "400 rows" in block
+    (tmp_path / "recipe.yaml").write_text(block + MODEL)
+    told = recsys("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert "train 320, valid 40, test 40 rows" in told
+
+
+def test_a_damaged_file_is_named_while_it_is_read(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    rows = pl.concat([logs()] * 30)
+    parts = [write(rows, tmp_path / f"part-{i}.parquet") for i in (0, 1)]
+    recipe.write_text(
+        recipe.read_text().replace("logs.parquet", "part-*.parquet").replace("by: time, column: ts", "by: hash")
+    )
+    raw = bytearray(parts[1].read_bytes())
+    raw[4:200] = bytes(196)
+    parts[1].write_bytes(raw)
+    with pytest.raises(SystemExit, match=rf"^error: {parts[1]}: cannot be read"):
+        recsys("train", recipe, "--out", tmp_path / "run")
+
+
+def test_a_table_in_a_pipe_is_not_broken_into_lines(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    every = ["auc", "logloss", "gauc", "ece", "normalized_entropy", "pr_auc"]
+    recipe.write_text(recipe.read_text().replace("  context:", "  context:\n    group: user"))
+    stages = f"stages=[{{use: fit}}, {{use: evaluate, metrics: [{', '.join(every)}]}}]"
+    told = recsys("train", recipe, stages, "--out", tmp_path / "run")
+    header = next(line for line in told.splitlines() if "split" in line)
+    assert all(name in header for name in every)
+    assert any("A click log with planted structure and known click" in line for line in recsys("list").splitlines())
+
+
+@pytest.mark.parametrize("place", ["run", "cache", "scores"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    recsys: Command, tmp_path: Path, recipe: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file where a folder is needed: stops any user, root too.
+    (tmp_path / "file").touch()
+    inside: Any = tmp_path / "file" / "x"
+    if place == "scores":
+        recsys("train", recipe, "--out", tmp_path / "run")
+    command: tuple[Any, ...] = ("train", recipe, "--out", inside if place == "run" else tmp_path / "run")
+    if place == "cache":
+        monkeypatch.setenv("RECSYS_CACHE", str(inside))
+    elif place == "scores":
+        command = ("predict", tmp_path / "run", "--data", tmp_path / "logs.parquet", "--out", inside / "s.csv")
+    with pytest.raises(SystemExit, match=r"^error: .*file.*: (Not a directory|File exists)\n$"):
+        recsys(*command)
+
+
+def test_json_is_the_only_line_of_stdout(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    out = recsys("train", recipe, "--out", tmp_path / "run", "--json").splitlines()
+    assert len(out) == 1
+    assert json.loads(out[0])["run"] == str(tmp_path / "run")
+    out = recsys("evaluate", tmp_path / "run", "--json").splitlines()
+    assert len(out) == 1
+    assert set(json.loads(out[0])["metrics"]) == {"valid", "test"}
