@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys import contracts
 from recsys.contracts import Batch, EncodedSchema, Fields, Selection
-from recsys.errors import RecipeError, listing
+from recsys.errors import PluginError, RecipeError, listing
 from recsys.nn.head import Head
 from recsys.nn.layout import Layout
 from recsys.nn.selection import KeepAll
@@ -80,18 +80,23 @@ class Model(nn.Module):
         """Tensors only: `[B, F], [B, F], {group: ([B, L, K], [B])} -> {task: [B]}`, float32."""
         x = self.represent(ids, values, history)
         outputs = [interaction(x) for interaction in self.interactions]
+        for interaction, output in zip(self.interactions, outputs, strict=True):
+            _expect(interaction, output, ("B", cast("contracts.Interaction", interaction).width))
         return cast("dict[str, Tensor]", self.head(outputs, ids, values))
 
     def represent(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> Tensor:
         """What the interactions see, `[B, F', D]`."""
         e = self.embedding(ids, values)
+        _expect(self.embedding, e, ("B", ids.shape[1], self.embedding.fields.dim))
         parts = [self.selector(e, ids)]
+        _expect(self.selector, parts[0], ("B", *e.shape[1:]))
         for i, h in enumerate(self.schema.histories):
             events, length = (history or {})[h.name]
             vectors = self.embedding.history(h.name, events).flatten(2)  # [B, L, K, D] -> [B, L, W]
             target = e.index_select(1, self.get_buffer(f"target_{i}")).flatten(1)  # [B, W]
             target = target if h.target else vectors.new_zeros(ids.shape[0], vectors.shape[-1])
             pooled = self.sequences[i](target, vectors, length)  # [B, W]
+            _expect(self.sequences[i], pooled, ("B", vectors.shape[-1]))
             parts.append(pooled.unflatten(1, (len(h.columns), -1)))  # [B, K, D]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
@@ -151,6 +156,15 @@ class TensorModel(nn.Module):
     ) -> dict[str, Tensor]:
         """`[B, F], [B, F], {group: ([B, L, K], [B])} -> {task: [B]}`."""
         return self.model.logits(ids, values, history)
+
+
+def _expect(part: object, output: Tensor, shape: tuple[str | int, ...]) -> None:
+    """Name the part that gives something else than its protocol says, before the error appears elsewhere."""
+    if output.dim() != len(shape) or tuple(output.shape[1:]) != shape[1:]:
+        raise PluginError(
+            f"{type(part).__name__} gave {[*output.shape]} for a batch of {output.shape[0]} rows, "
+            f"expected [{', '.join(map(str, shape))}]"
+        )
 
 
 def _pools(schema: EncodedSchema, sequences: Mapping[str, contracts.Sequence], dim: int) -> list[contracts.Sequence]:

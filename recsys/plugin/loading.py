@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import re
@@ -108,7 +109,7 @@ def load_all(
     installed = candidates()
     _check_without(without, installed)
     loaded: list[Loaded] = []
-    broken: list[Broken] = []
+    broken: list[Broken] = misfiled(installed)
     disabled: list[Disabled] = []
     refused = set(without) | set(_listed(environ.get("RECSYS_DISABLE", "")))
     allowed = [list(allow)] if allow is not None else []
@@ -143,6 +144,20 @@ def candidates() -> list[Candidate]:
     return sorted(set(found), key=lambda c: (c.name, c.distribution))
 
 
+def misfiled(installed: Collection[Candidate]) -> list[Broken]:
+    """Return the entry points whose group is nearly ours, from distributions without any in ours."""
+    right = {candidate.distribution for candidate in installed}
+    points = metadata.entry_points()
+    near = difflib.get_close_matches(ENTRY_POINT_GROUP, points.groups, n=5, cutoff=0.75)
+    near += [group for group in points.groups if group.lower().startswith("recsys") and group not in near]
+    found = []
+    for point in (point for group in near if group != ENTRY_POINT_GROUP for point in points.select(group=group)):
+        if point.dist and point.dist.name not in right:
+            reason = f"its entry-point group is '{point.group}', and this version reads '{ENTRY_POINT_GROUP}'"
+            found.append(Broken(point.name, point.dist.name, point.dist.version, point.value, reason, 0.0))
+    return found
+
+
 def validate(components: Any) -> tuple[Component, ...]:
     """Check what a plugin's `recsys_components` returned.
 
@@ -171,8 +186,8 @@ def validate(components: Any) -> tuple[Component, ...]:
 
 def _check_signature(component: Component) -> None:
     takes = TAKES[component.kind]
-    least, most = options.positional(component.factory)
-    if not least <= bool(takes) <= most:
+    _, most = options.positional(component.factory)
+    if most != bool(takes):
         shape = f"({takes}, *, …)" if takes else "(*, …)"
         raise PluginError(
             f"{component.kind} '{component.name}': the factory must be callable as {shape}: options are keyword-only, "
@@ -192,7 +207,7 @@ def _load(manager: pluggy.PluginManager, candidate: Candidate, file: Path | None
     except (Exception, SystemExit) as error:
         if manager.has_plugin(name):
             manager.unregister(name=name)
-        return Broken(**vars(candidate), reason=_reason(error), seconds=time.perf_counter() - start)
+        return Broken(**vars(candidate), reason=reason(error), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     return Loaded(**vars(candidate), module=module.__name__, components=components, seconds=seconds)
 
@@ -241,15 +256,15 @@ def _import_file(file: Path) -> ModuleType:
     return module
 
 
-def _reason(error: BaseException) -> str:
-    """Return why a plugin is broken: one line, with the place in the plugin for unexpected errors."""
+def reason(error: BaseException) -> str:
+    """Return what went wrong in a plugin: one line, with the place in its code for unexpected errors."""
     text = " ".join(str(error).split())
     if isinstance(error, PluginError):
         return text
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {text}"
     frames = traceback.extract_tb(error.__traceback__)
-    machinery = (__file__, importlib.__file__)
+    machinery = (__file__, importlib.__file__, str(Path(__file__).with_name("registry.py")))
     inside = [f for f in frames if f.filename not in machinery and not f.filename.startswith("<frozen")]
     place = f" ({Path(inside[-1].filename).name}:{inside[-1].lineno})" if inside else ""
     return f"{type(error).__name__}: {text}"[:300] + place

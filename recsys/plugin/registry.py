@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 import pydantic
 
-from recsys.errors import PluginError, RecipeError, did_you_mean, listing
-from recsys.plugin import docstrings, loading, options
+from recsys.errors import PluginError, RecipeError, RecsysError, did_you_mean, listing
+from recsys.plugin import docstrings, loading, options, protocols
 from recsys.plugin.hooks import KINDS, PROJECT, Component, Kind
 
 if TYPE_CHECKING:
@@ -178,10 +178,32 @@ class Registry:
         """Check the spec and call the factory with what the builder hands it.
 
         Raises:
-            RecipeError: as `check`.
+            RecipeError: as `check` and `make`.
         """
-        checked = self.check(kind, spec, where)
-        return self.entries[kind, checked.name].component.factory(*positional, **checked.options)
+        return self.make(kind, self.check(kind, spec, where), *positional, where=where)
+
+    def make(self, kind: Kind, checked: Checked, *positional: Any, where: str) -> Any:
+        """Call the factory of a checked component with what the builder hands it.
+
+        Raises:
+            RecipeError: the factory raises, or what it gives lacks a part of its protocol; with the path in the
+                recipe, the component, who brought it, and the place in its code.
+        """
+        entry = self.get(kind, checked.name)
+        at = options.split(where)
+        who = f"the {kind} '{checked.name}' of {entry.origin}"
+        try:
+            part = entry.component.factory(*positional, **checked.options)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: '{checked.name}': {error}", path=error.path or at) from error
+        except RecsysError:
+            raise
+        except Exception as error:
+            raise RecipeError(f"{where}: {who} cannot be built: {loading.reason(error)}", path=at) from error
+        if lacking := protocols.lacking(kind, part):
+            protocol = f"recsys.contracts.{kind.capitalize()}"
+            raise RecipeError(f"{where}: {who} lacks {listing(lacking)}, which {protocol} describes", path=at)
+        return part
 
 
 def load_registry(

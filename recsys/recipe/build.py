@@ -22,6 +22,7 @@ from recsys.data.sources import DataRoot
 from recsys.errors import RecipeError, RunError
 from recsys.nn.head import Head
 from recsys.nn.model import Model
+from recsys.plugin.hooks import Kind
 from recsys.plugin.registry import Checked, Registry
 from recsys.recipe.check import Recipe, check_document
 from recsys.recipe.reader import Document
@@ -68,9 +69,11 @@ def prepare_data(recipe: Recipe, source: Source, console: Console, world: World)
 def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed: int) -> Model:
     """Return the recipe's model; equal seeds give equal weights, and no other random numbers are touched."""
 
-    def part(checked: Checked, kind: str, *positional: Any) -> Any:
-        factory = registry.get(cast(Any, kind), checked.name).component.factory
-        return factory(*positional, **checked.options)
+    def part(checked: Checked, kind: Kind, *positional: Any, where: str | None = None) -> Any:
+        try:
+            return registry.make(kind, checked, *positional, where=where or f"model.{kind}")
+        except RecipeError as error:
+            raise recipe.located(error) from error
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,7 +86,11 @@ def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed:
             if history.target
         }
         fields = Model.consumer_fields(schema, embedding)
-        interactions = [part(checked, "interaction", fields) for checked in recipe.interactions]
+        several = len(recipe.interactions) > 1
+        interactions = [
+            part(checked, "interaction", fields, where=f"model.interaction[{i}]" if several else None)
+            for i, checked in enumerate(recipe.interactions)
+        ]
         head = Head(schema, interactions, wide=recipe.head.wide)
         return Model(schema, embedding, selector, sequences, interactions, head)
 
@@ -94,8 +101,10 @@ def build_loss(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Los
     Raises:
         RecipeError: it needs a context column that the recipe does not name.
     """
-    factory = registry.get("loss", recipe.loss.name).component.factory
-    loss = cast(Loss, factory(schema.tasks, **recipe.loss.options))
+    try:
+        loss = cast(Loss, registry.make("loss", recipe.loss, schema.tasks, where="loss"))
+    except RecipeError as error:
+        raise recipe.located(error) from error
     for need in loss.needs:
         if need not in schema.context:
             raise recipe.located(

@@ -43,7 +43,14 @@ class ContractError(AssertionError):
     """
 
     def __init__(self, component: str, failures: Sequence[tuple[str, str, str]]) -> None:
-        lines = [f"\n- {name}: {wrong}\n  fix: {fix}" for name, wrong, fix in failures]
+        alike: dict[str, list[tuple[str, str]]] = {}
+        for name, wrong, fix in failures:
+            alike.setdefault(wrong, []).append((name, fix))
+        lines = [
+            f"\n- {', '.join(name for name, _ in group)}: {wrong}"
+            f"\n  fix: {group[0][1] if len(group) == 1 else 'these checks fail for one and the same reason'}"
+            for wrong, group in alike.items()
+        ]
         super().__init__(f"{component} fails {len(failures)} check(s) of its contract:" + "".join(lines))
         self.failed = tuple(name for name, _, _ in failures)
 
@@ -92,7 +99,7 @@ class Contract:
             component = Component(kind, "component", factory)
         # Imported here, because pytest imports this module at each start through the fixtures beside it.
         from recsys.plugin import options as schema
-        from recsys.plugin.loading import validate
+        from recsys.plugin.loading import reason, validate
 
         label = f"{component.kind} '{getattr(component.factory, '__name__', component.factory)}'"
         try:
@@ -112,9 +119,10 @@ class Contract:
                 continue
             try:
                 check.run()
+            except AssertionError as error:
+                failures.append((check.name, str(error).strip() or "it does not hold", check.fix))
             except Exception as error:
-                text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-                failures.append((check.name, text.strip() or "it does not hold", check.fix))
+                failures.append((check.name, reason(error), check.fix))
         if failures:
             raise ContractError(label, failures)
 

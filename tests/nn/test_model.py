@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recsys.contracts import Batch, EncodedSchema, Field, History, Selection
-from recsys.errors import RecipeError
+from recsys.errors import PluginError, RecipeError
 from recsys.nn.head import Head
 from recsys.nn.interaction import FM, MLP, CrossNet
 from recsys.nn.model import Model, TensorModel
@@ -298,3 +298,24 @@ def test_sequences_must_fit_the_histories():
         build({})
     with pytest.raises(RecipeError, match="given for 'pats'"):
         build({"past": MeanPool(8), "pats": MeanPool(8)})
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "message"),
+    [
+        ("interaction", lambda y: y.unsqueeze(1), "MLP gave [6, 1, 6] for a batch of 6 rows, expected [B, 6]"),
+        ("interaction", lambda y: y[:, :2], "MLP gave [6, 2] for a batch of 6 rows, expected [B, 6]"),
+        ("selector", lambda y: y[:, :1], "KeepAll gave [6, 1, 4] for a batch of 6 rows, expected [B, {f}, 4]"),
+        ("embedding", lambda y: y.flatten(1), "Table gave [6, {w}] for a batch of 6 rows, expected [B, {f}, 4]"),
+        ("sequence", lambda y: y[:, :1], "DotPool gave [6, 1] for a batch of 6 rows, expected [B, 8]"),
+    ],
+)
+def test_a_part_that_gives_a_wrong_shape_is_named(part, spoil, message):
+    model = make()
+    parts = {"interaction": model.interactions[1], "sequence": model.sequences[0]}
+    parts |= {"selector": model.selector, "embedding": model.embedding}
+    parts[part].register_forward_hook(lambda module, inputs, output: spoil(output))
+    f = len(SCHEMA.fields)
+    with pytest.raises(PluginError) as caught:
+        model(make_batch())
+    assert str(caught.value) == message.format(f=f, w=DIM * f)

@@ -18,6 +18,9 @@ class Thing:
     '''A thing.'''
     def __init__(self, fields, *, layers: int = 3, heads: int = 2) -> None:
         self.fields, self.layers, self.heads = fields, layers, heads
+        self.width, self.is_logit = 1, True
+    def __call__(self, e): return e
+    def explain(self, e): return {}
 @hookimpl
 def recsys_components():
     yield Component("interaction", "{name}", Thing)
@@ -84,7 +87,8 @@ def test_installed_plugins_load_in_name_order_with_provenance(
         (GOOD.replace("*, layers: int = 3, heads: int = 2", "**options"), "Thing takes **options"),
         (GOOD.replace("self, fields,", "self,"), "the factory must be callable as (fields, *, …)"),
         (GOOD.replace("self, fields,", "self, fields, width,"), "it takes 2 positional parameters"),
-        (GOOD.replace("yield", "1 / 0; yield"), "ZeroDivisionError: division by zero (fake_recsys_bad.py:10)"),
+        (GOOD.replace("*, layers", "layers"), "options are keyword-only, after `*`; it takes 3 positional parameters"),
+        (GOOD.replace("yield", "1 / 0; yield"), "ZeroDivisionError: division by zero (fake_recsys_bad.py:13)"),
     ],
 )
 def test_a_broken_plugin_is_a_remark_and_the_others_work(install: Install, code: str, reason: str) -> None:
@@ -247,3 +251,45 @@ def test_wrong_specs(registry: Registry, spec: object, where: str, message: str,
 def test_a_name_of_another_kind_is_pointed_out(registry: Registry) -> None:
     with pytest.raises(PluginError, match=r"unknown stage 'autoint_x'.*'autoint_x' is an interaction"):
         registry.get("stage", "autoint_x")
+
+
+@pytest.mark.parametrize("group", ["recsys.v2", "recsys_v1", "Recsys.V1", "recsys.plugins", "recys.v1"])
+def test_a_misspelt_entry_point_group_is_a_remark(install: Install, tmp_path: Path, group: str) -> None:
+    install("stray")
+    entry_points = tmp_path / "recsys_stray-1.2.dist-info" / "entry_points.txt"
+    entry_points.write_text(entry_points.read_text().replace("recsys.v1", group))
+    with pytest.raises(PluginError) as caught:
+        load_registry(environ={}).get("interaction", "stray")
+    wanted = f"broken plugin 'stray' (recsys-stray 1.2): its entry-point group is '{group}', and this version reads"
+    assert wanted in str(caught.value)
+
+
+def test_other_groups_of_a_plugin_and_other_packages_are_left_alone(install: Install, tmp_path: Path) -> None:
+    install("both")
+    with (tmp_path / "recsys_both-1.2.dist-info" / "entry_points.txt").open("a") as file:
+        file.write("[recsys.v2]\nboth = fake_recsys_both\n[console_scripts]\nboth = fake_recsys_both:main\n")
+    assert not load_registry(environ={}).broken
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            GOOD.replace("self.width, self.is_logit = 1, True", "raise ValueError('4 heads for 3')"),
+            "the interaction 'part' of recsys-part 1.2 cannot be built: ValueError: 4 heads for 3 (fake_recsys_part",
+        ),
+        (
+            GOOD.replace("self.width, self.is_logit = 1, True", "self.is_logit = True"),
+            "the interaction 'part' of recsys-part 1.2 lacks `width`, which recsys.contracts.Interaction describes",
+        ),
+        (GOOD.replace("def explain", "def explian"), "recsys-part 1.2 lacks `explain()`"),
+        (GOOD.replace("def __call__", "def call"), "lacks `forward()` of a `torch.nn.Module`"),
+    ],
+)
+def test_a_part_that_cannot_be_built_is_named_with_its_place(install: Install, code: str, message: str) -> None:
+    install("part", code)
+    with pytest.raises(RecipeError) as caught:
+        load_registry(environ={}).build("interaction", "part", None, where="model.interaction[1]")
+    assert str(caught.value).startswith("model.interaction[1]: ")
+    assert message in str(caught.value)
+    assert caught.value.path == ("model", "interaction", 1)

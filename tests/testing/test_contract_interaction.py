@@ -224,3 +224,17 @@ def test_a_component_and_options_are_accepted(only: Only) -> None:
 def test_left_out_checks_must_exist() -> None:
     with pytest.raises(ValueError, match=r"no check 'bce_equalty'. Did you mean 'bce_equality'\?"):
         contract.without("bce_equalty")
+
+
+def test_one_reason_is_said_once_with_its_place():
+    class Raises(nn.Module):
+        def __init__(self, fields):
+            super().__init__()
+            raise ValueError("heads must divide width")
+
+    with pytest.raises(ContractError) as caught:
+        contract("interaction", Raises)
+    text = str(caught.value)
+    assert text.count("ValueError: heads must divide width (test_contract_interaction.py:") == 1
+    assert "- shapes, finite, gradients, " in text
+    assert len(caught.value.failed) > 10
