@@ -38,9 +38,7 @@ def split_frames(source: Source, split: Split | None) -> Mapping[str, pl.LazyFra
     frames = dict(_divide(given.pop("train"), split))
     for name, frame in given.items():
         if name in frames:
-            raise DataError(
-                f"split: the source gives {name!r} rows, and the rule takes some of the train rows too"
-            )
+            raise DataError(f"split: the source gives {name!r} rows, and the rule takes some of the train rows too")
         frames[name] = frame
     return frames
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ PARTS: Mapping[str, tuple[Kind, str]] = {
 }
 """Part of `model:` with exactly one component → (kind, what is used when the recipe does not say)."""
 DEFAULT_STAGES: tuple[Mapping[str, Any], ...] = ({"use": "fit"}, {"use": "evaluate"}, {"use": "export"})
+
+_STAGE_NAME = re.compile(r"\w[\w.-]{0,100}")
 
 Block = TypeVar("Block", bound=BaseModel)
 
@@ -161,6 +164,13 @@ def _check(document: Document, registry: Registry, name: str, folder: Path) -> R
             for i, spec in enumerate(_stages(values, registry, model, written))
         ),
     )
+    for i, stage in enumerate(recipe.stages):
+        named = stage.options.get("name")
+        if named is not None and not _STAGE_NAME.fullmatch(str(named)):
+            raise RecipeError(
+                f"stages[{i}].name: {named!r} is no name for a folder; use letters, digits, '-', '_' and '.'",
+                path=("stages", i, "name"),
+            )
     registry.check("source", recipe.data.source, "data.source")
     registry.check("metric", recipe.train.monitor, "train.monitor")
     return recipe

@@ -33,6 +33,7 @@ from recsys.recipe.check import Recipe
 from recsys.train import distributed
 from recsys.train.checkpoint import write_json
 from recsys.train.run import Run
+from recsys.train.stages import check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -194,6 +195,7 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
     for index, checked in enumerate(recipe.stages, 1):
         stage = registry.get("stage", checked.name).component.factory(**checked.options)
         stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
+    check_order(stages)
     for label, stage in stages:
         if label in run.state["stages"]:
             run.say(f"{label}: done before")

@@ -102,8 +102,9 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
     older ones are removed afterwards, so that there is always one that was complete before this call.
     """
     final = folder / f"step-{step:010d}"
+    for left in folder.glob(".step-*.tmp"):  # by a process that was killed in the midst of this
+        shutil.rmtree(left, ignore_errors=True)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_tensors(temporary / "tensors.safetensors", tensors)
     write_json(temporary / "state.json", state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -148,10 +148,7 @@ class Run:
         """
         known = self.state["snapshots"]
         if name not in known:
-            raise RecipeError(
-                f"{self.stage}: no snapshot '{name}'.{did_you_mean(name, known)} Snapshots: {listing(known)}. "
-                "A fit stage keeps one when it has `name` and `snapshot_epoch`."
-            )
+            raise RecipeError(f"{self.stage}: {no_snapshot(name, known)}")
         return load_tensors(self.folder / known[name])
 
     def apply_selection(self, selection: Selection) -> None:
@@ -189,6 +186,14 @@ class Run:
         if self.world.leads:
             save_tensors(path, tensors)
         wait_for_all()
+
+
+def no_snapshot(name: str, known: Iterable[str]) -> str:
+    """Say that there is no snapshot of that name."""
+    return (
+        f"no snapshot '{name}'.{did_you_mean(name, known)} Snapshots: {listing(known)}. "
+        "An earlier fit stage keeps one when it has `name` and `snapshot_epoch`."
+    )
 
 
 def restore_model(run: Run) -> None:

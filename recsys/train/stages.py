@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from rich.table import Table as TextTable
 
-from recsys.contracts import Metric, Named
+from recsys.contracts import Metric, Named, Stage
 from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.selection import is_everything
 from recsys.train.checkpoint import save_tensors, sha256, write_json
 from recsys.train.fit import Fit
-from recsys.train.run import Run, Spec
+from recsys.train.run import Run, Spec, no_snapshot
 from recsys.train.score import measure, predict
 
-__all__ = ["Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind"]
+__all__ = ["Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind", "check_order"]
 
 SELECTOR_PREFIX = "selector."
 
@@ -149,6 +149,31 @@ class Export:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
         write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
         run.say(f"{run.stage}: {folder}")
+
+
+def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
+    """Refuse stages that cannot follow each other, before hours are spent on those in front.
+
+    Args:
+        stages: (label, stage) in order.
+
+    Raises:
+        RecipeError: a rewind to a snapshot that no stage before it keeps, or a rewind or reset after a prune.
+    """
+    kept: list[str] = []
+    pruned = other = False
+    for label, stage in stages:
+        if isinstance(stage, Fit):
+            kept += [stage.name] if stage.snapshot_epoch is not None else []
+        elif isinstance(stage, Prune):
+            pruned = True
+        elif isinstance(stage, Rewind | Reset):
+            if pruned:
+                raise RecipeError(f"{label}: {stage.name} after prune would undo the pruning; put it before")
+            if isinstance(stage, Rewind) and stage.to not in kept and not other:
+                raise RecipeError(f"{label}: {no_snapshot(stage.to, kept)}")
+        elif not isinstance(stage, Evaluate | Export):
+            other = True  # a plugin's stage may keep snapshots of any name
 
 
 def _load_all_but_selector(model: Model, weights: Mapping[str, Any]) -> None:
