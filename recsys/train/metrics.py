@@ -250,7 +250,9 @@ class ECE(_Rows):
             twice_middle = 2 * (size.cumsum(0) - size) + size  # [ties], in [0, 2N]
             where = (twice_middle * self.bins).div(2 * len(y), rounding_mode="floor")[tie]
         where = where.clamp(max=self.bins - 1)
-        # p is sorted, so the sum over a bin is taken in an order that the rows' order does not change.
-        gap = torch.zeros(self.bins, dtype=torch.float64, device=p.device).index_add_(0, where, p)
-        gap -= torch.zeros(self.bins, dtype=torch.int64, device=p.device).index_add_(0, where, y)
+        # p is sorted and bins follow each other, so each one's sum is taken over a slice, in an order that neither the
+        # rows' order nor the deterministic mode changes.
+        rows = torch.bincount(where, minlength=self.bins).tolist()
+        clicks = torch.zeros(self.bins, dtype=torch.int64, device=p.device).index_add_(0, where, y)
+        gap = torch.stack([part.sum() for part in p.split(rows)]) - clicks
         return gap.abs().sum() / len(y)

@@ -202,3 +202,35 @@ def test_reset_forgets():
 def test_directions_and_needs():
     assert {m.__name__ for m in ALL if m.higher_is_better} == {"AUC", "PRAUC", "GAUC"}
     assert {m.__name__: m.needs for m in ALL if m.needs} == {"GAUC": ("group",)}
+
+
+@pytest.mark.parametrize("metric", [*ALL, lambda: ECE(binning="width"), lambda: ECE(bins=3)])
+def test_the_bits_do_not_depend_on_the_deterministic_mode(metric):
+    generator = torch.Generator().manual_seed(5)
+    for rows in (1, 7, 1000, 40_000):
+        z = torch.randn(rows, generator=generator, dtype=torch.float64)
+        y = torch.rand(rows, generator=generator) < torch.sigmoid(z)
+        g = torch.randint(-5, 50, (rows,), generator=generator)
+        before = torch.are_deterministic_algorithms_enabled()
+        got = []
+        try:
+            for mode in (False, True):
+                torch.use_deterministic_algorithms(mode)
+                got.append(value(metric(), z, y, g))
+        finally:
+            torch.use_deterministic_algorithms(before)
+        assert got[0].hex() == got[1].hex()
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_labels_may_be_bool_or_integers_and_logits_of_any_float_type(metric):
+    z, y, g = torch.linspace(-2, 2, 16), torch.arange(16) % 3 == 0, torch.arange(16) % 2 - 1
+    wanted = value(metric(), z, y.double(), g)
+    assert not math.isnan(wanted)
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
+        assert value(metric(), z, y.to(dtype), g) == wanted
+    half = metric()
+    half.update(z.half(), y, group=g)
+    whole = metric()
+    whole.update(z.half().double(), y, group=g)
+    assert half.compute().item() == whole.compute().item()
