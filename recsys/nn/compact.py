@@ -54,11 +54,11 @@ class CompactTable(nn.Module):
         whole_rows = all(bool(d.all()) for _, d in kept if bool(d.any()))
         parts = [_Part(c, blocks[c.vocabulary], m, d) for c, m, (_, d) in zip(columns, where, kept, strict=True)]
         count = len(self.layout.fields)
-        self.reader = CompactReader(parts[:count], whole_rows)
+        self.reader = CompactReader(parts[:count], self.fields.dim, whole_rows)
         self.groups = tuple(self.layout.histories)
         self.readers = nn.ModuleList()
         for group in self.layout.histories.values():
-            self.readers.append(CompactReader(parts[count : count + len(group)], whole_rows))
+            self.readers.append(CompactReader(parts[count : count + len(group)], self.fields.dim, whole_rows))
             count += len(group)
 
     def forward(self, ids: Tensor, values: Tensor | None = None) -> Tensor:
@@ -114,7 +114,7 @@ class _Part:
 class CompactReader(nn.Module):
     """From a column's own ids to elements (or whole rows) of the flat storage."""
 
-    def __init__(self, parts: Sequence[_Part], whole_rows: bool) -> None:
+    def __init__(self, parts: Sequence[_Part], dim: int, whole_rows: bool) -> None:
         super().__init__()
         self.guard = Guard([p.column for p in parts])
         self.whole_rows = whole_rows
@@ -130,7 +130,7 @@ class CompactReader(nn.Module):
         }.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
         self.register_buffer("alive", torch.tensor([p.alive for p in parts], dtype=torch.bool), persistent=False)
-        position = torch.stack([p.position for p in parts]) if parts else torch.zeros(0, 1)
+        position = torch.stack([p.position for p in parts]) if parts else torch.zeros(0, dim)
         self.register_buffer("position", position.to(torch.int16), persistent=False)
 
     def forward(self, ids: Tensor, flat: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

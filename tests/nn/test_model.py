@@ -319,3 +319,55 @@ def test_a_part_that_gives_a_wrong_shape_is_named(part, spoil, message):
     with pytest.raises(PluginError) as caught:
         model(make_batch())
     assert str(caught.value) == message.format(f=f, w=DIM * f)
+
+
+EDGES = {
+    "one field": EncodedSchema((Field("a", 5),)),
+    "one row": EncodedSchema((Field("a", 1), Field("b", 2))),
+    "only numbers": EncodedSchema((Field("x", 2, numeric=True), Field("y", 2, numeric=True))),
+    "only a bag": EncodedSchema((), (History("tags", (Field("tag", 6),), 3),)),
+    "two tasks": EncodedSchema(
+        (Field("a", 5), Field("x", 2, numeric=True)),
+        (History("past", (Field("a", 5, shares="a"),), 3, ("a",)),),
+        ("t", "u"),
+    ),
+}
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("schema", EDGES.values(), ids=EDGES)
+def test_schemas_at_the_edge_predict_train_and_are_pruned_twice(schema, dim):
+    torch.manual_seed(0)
+    table = Table(schema, dim=dim, init_std=0.5)
+    fields = Model.consumer_fields(schema, table)
+    parts = [FM(fields), MLP(fields, hidden=(6,)), CrossNet(fields, layers=2)]
+    sequences = {h.name: DotPool(dim * len(h.columns)) for h in schema.histories if h.target}
+    model = Model(schema, table, KeepAll(table.fields), sequences, parts, Head(schema, parts, wide=True))
+
+    def batch(rows):
+        ids = torch.arange(-3, -3 + rows * len(schema.fields)).view(rows, len(schema.fields))  # wrong ids among them
+        values = torch.linspace(-1, 1, ids.numel()).view(ids.shape) if schema.has_numeric else None
+        events = {h.name: (torch.arange(rows * 2).view(rows, 2, 1), torch.arange(rows) % 3) for h in schema.histories}
+        return Batch(ids, values, events)
+
+    keep = Selection(
+        fields.names[:1] if schema.fields else (),
+        {c.name: torch.arange(c.rows) % 2 == 0 for c in table.layout.columns},
+    )
+    narrow = Selection(keep.fields, {}, {c.name: torch.arange(dim) < max(1, dim - 1) for c in table.layout.columns})
+    once = model.prune(keep)
+    for m in (model, once, once.prune(narrow)):
+        out = m(batch(6))
+        assert set(out) == set(schema.tasks)
+        torch.stack([*out.values()]).sum().backward()
+        assert all(v.shape == (6,) and bool(v.isfinite().all()) for v in out.values())
+        m.eval()
+        for task, logit in m(batch(6)).items():
+            alone = torch.cat([m(_row(batch(6), i))[task] for i in range(6)])
+            torch.testing.assert_close(logit, alone)
+        assert [len(v) for v in m(batch(0)).values()] == [0] * len(schema.tasks)
+
+
+def _row(batch, i):
+    history = {g: (ids[i : i + 1], n[i : i + 1]) for g, (ids, n) in batch.history.items()}
+    return Batch(batch.ids[i : i + 1], None if batch.values is None else batch.values[i : i + 1], history)

@@ -296,3 +296,10 @@ def test_few_and_many_fields_take_different_ways_to_the_same_result(preset, monk
     assert len(calls) == 2
     for ours, theirs in zip(few, many, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_a_batch_without_rows_gives_none(preset, count):
+    model = AutoInt(fields(count, 8), preset=preset, layers=2, width=8)
+    assert model(torch.zeros(0, count, 8)).shape == (0, model.width)
