@@ -100,6 +100,15 @@ def gather_rows(local: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; every rank must ask."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(flags)
+    return bool(flags)
+
+
 def average_buffers(module: nn.Module) -> None:
     """Give every rank the mean of the ranks' floating-point buffers, such as the statistics of batch norm.
 

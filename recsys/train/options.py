@@ -23,6 +23,9 @@ class TrainOptions(BaseModel):
     network_l2: float = Field(0.0, ge=0, description="the same for all other weights")
     clip_norm: float = Field(10.0, ge=0, description="largest norm of the whole gradient; 0 does not clip")
     accumulate: int = Field(1, ge=1, description="micro-batches that a step is divided into, to save memory")
+    save_every: int = Field(
+        1000, ge=0, description="steps between checkpoints within an epoch; 0 saves at the end of epochs only"
+    )
     monitor: str = Field("auc", description="metric on the validation split that chooses the best epoch")
     patience: int = Field(
         2, ge=0, description="stop after so many epochs in a row without a better monitor; 0 never stops early"

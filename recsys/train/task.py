@@ -72,9 +72,11 @@ class EpochBatches:
     def __init__(self, batches: TrainBatches, epoch: int) -> None:
         self._batches = batches
         self.epoch = epoch
+        self.first_step = 0
 
     def __len__(self) -> int:
+        """Micro-batches of a whole epoch; one that is resumed in its midst ends earlier."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._batches.epoch(self.epoch)
+        yield from self._batches.epoch(self.epoch, self.first_step)

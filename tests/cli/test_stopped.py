@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -13,22 +14,26 @@ from typing import Any
 
 import pytest
 
-from recsys.train import checkpoint, fit
+from recsys.train import checkpoint, epochs
 from recsys.train.checkpoint import sha256
 
 Command = Callable[..., str]
 RECIPE = ("quickstart", "data.source.rows=20000", "train.batch_size=128", "train.epochs=4", "train.patience=0")
 
 
-def stopped_after(epoch: int, run: Path, how: signal.Signals, *arguments: object) -> tuple[int, str]:
-    """Start `recsys train`, send it a signal as soon as that epoch's checkpoint is there; return status and stderr."""
+STEPS = 125
+"""Of an epoch of `RECIPE`."""
+
+
+def stopped_after(step: int, run: Path, how: signal.Signals, *arguments: object) -> tuple[int, str]:
+    """Start `recsys train`, send it a signal as soon as that step's checkpoint is there; return status and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "recsys.cli", "train", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (run / "1-fit" / "checkpoints" / f"step-{epoch:010d}").exists():
+    while not (run / "1-fit" / "checkpoints" / f"step-{step:010d}").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(how)
@@ -39,8 +44,8 @@ def test_a_run_that_is_killed_and_then_stopped_by_hand_resumes_to_the_same_bits(
     recsys: Command, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    assert stopped_after(1, run, signal.SIGKILL, *RECIPE, "--out", run)[0] == -signal.SIGKILL
-    status, told = stopped_after(2, run, signal.SIGINT, "--resume", run)
+    assert stopped_after(STEPS, run, signal.SIGKILL, *RECIPE, "--out", run)[0] == -signal.SIGKILL
+    status, told = stopped_after(2 * STEPS, run, signal.SIGINT, "--resume", run)
     assert status == 130
     assert "Traceback" not in told
     assert f"stopped; `recsys train --resume {run}` continues" in told
@@ -52,6 +57,51 @@ def test_a_run_that_is_killed_and_then_stopped_by_hand_resumes_to_the_same_bits(
     for name in ("1-fit/model.safetensors", "1-fit/history.json", "2-evaluate/metrics.json"):
         assert sha256(run / name) == sha256(tmp_path / "whole" / name), name
     assert not list(run.rglob(".*.tmp")), "what the killed process left half written is gone"
+
+
+def test_a_run_resumes_in_the_midst_of_an_epoch_to_the_same_bits(recsys: Command, tmp_path: Path) -> None:
+    """Killed, then told to stop by SIGTERM: the rows, the dropout and the mean loss go on where they were."""
+    recipe = (*RECIPE, "train.save_every=20")
+    run = tmp_path / "run"
+    assert stopped_after(40, run, signal.SIGKILL, *recipe, "--out", run)[0] == -signal.SIGKILL
+    status, told = stopped_after(STEPS + 60, run, signal.SIGTERM, "--resume", run)
+    assert status == 128 + signal.SIGTERM
+    assert "Traceback" not in told
+    newest = max(run.glob("1-fit/checkpoints/step-*"))
+    assert int(newest.name.removeprefix("step-")) >= STEPS + 60
+    assert not (run / "metrics.json").exists()
+    recsys("train", "--resume", run)
+    recsys("train", *RECIPE, "--out", tmp_path / "whole")
+    for name in ("1-fit/model.safetensors", "1-fit/history.json", "2-evaluate/metrics.json"):
+        assert sha256(run / name) == sha256(tmp_path / "whole" / name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_again_and_again_at_random_it_ends_with_the_same_bits(tmp_path: Path, seed: int) -> None:
+    """Five SIGKILLs each, at times drawn at random from the length of a run, import and encoding included."""
+    times = random.Random(seed)
+    command = [sys.executable, "-m", "recsys.cli", "train"]
+    recipe = [*RECIPE, "train.save_every=7", "model.interaction[1].batch_norm=true"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    started = time.monotonic()
+    subprocess.run([*command, *recipe, "--out", str(whole)], check=True, stdout=subprocess.DEVNULL)
+    length = time.monotonic() - started
+    kills = 0
+    while kills < 5:
+        begun = (run / "run.json").exists()
+        arguments = ["--resume", str(run)] if begun else [*recipe, "--out", str(run)]
+        process = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
+        time.sleep(times.uniform(0.3, 1) * length)
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+    if not (run / "metrics.json").exists():
+        subprocess.run([*command, "--resume", str(run)], check=True, stdout=subprocess.DEVNULL)
+    assert kills
+    for name in ("1-fit/model.safetensors", "1-fit/history.json", "2-evaluate/metrics.json"):
+        assert sha256(run / name) == sha256(whole / name), name
 
 
 def test_a_snapshot_from_before_the_stop_is_found(
@@ -66,12 +116,12 @@ def test_a_snapshot_from_before_the_stop_is_found(
 
     def stop(folder: Path, step: int, *given: Any) -> Path:
         path = checkpoint.save_checkpoint(folder, step, *given)
-        if step == 2:
+        if step == 2 * 7:  # two epochs of 3,200 rows
             raise KeyboardInterrupt
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "save_checkpoint", stop)
+        patch.setattr(epochs, "save_checkpoint", stop)
         with pytest.raises(SystemExit, match="stopped; `recsys train --resume"):
             recsys(*arguments, "--out", tmp_path / "run")
     recsys("train", "--resume", tmp_path / "run")

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from recsys import cli
-from recsys.train import checkpoint, fit
+from recsys.train import checkpoint, epochs
 from recsys.train.checkpoint import sha256
 
 Command = Callable[..., str]
@@ -159,7 +159,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "save_checkpoint", stop)
+        patch.setattr(epochs, "save_checkpoint", stop)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             recsys(*arguments, "--out", broken)
     assert not (broken / "metrics.json").exists()
