@@ -123,7 +123,7 @@ class InteractingLayer(nn.Module):
         wide = [F.linear(e, w, b) for w, b in zip(self.weight.chunk(count), biases, strict=True)]
         wide = [F.relu(p) for p in wide] if self.variant.activated else wide
         pieces = [piece for p in wide for piece in p.chunk(self.parts // count, dim=2)]  # each [B, F, width]
-        q, k, v = (p.unflatten(2, (self.heads, self.width // self.heads)).transpose(1, 2) for p in pieces[:3])
+        q, k, v = (p.view(*p.shape[:2], self.heads, self.width // self.heads).transpose(1, 2) for p in pieces[:3])
         residual = e if self.variant.residual == "identity" else None
         return q, k, v, pieces[3] if self.parts == 4 else residual
 

@@ -254,5 +254,5 @@ class ECE(_Rows):
         # rows' order nor the deterministic mode changes.
         rows = torch.bincount(where, minlength=self.bins).tolist()
         clicks = torch.zeros(self.bins, dtype=torch.int64, device=p.device).index_add_(0, where, y)
-        gap = torch.stack([part.sum() for part in p.split(rows)]) - clicks
+        gap = torch.stack([part.sum() for part in torch.split(p, rows)]) - clicks
         return gap.abs().sum() / len(y)
