@@ -27,10 +27,13 @@ from recsys.errors import DataError, RecipeError, RecsysError
 from recsys.plugin.hooks import Component, hookimpl
 
 if TYPE_CHECKING:
+    from recsys.data.batches import TrainBatches
     from recsys.data.sources import DataRoot
     from recsys.nn.mlp import MLPBlock
+    from recsys.nn.optim import build_optimizer
     from recsys.nn.table import Table
     from recsys.train.run import Run
+    from recsys.train.score import measure, predict
 
 __all__ = [
     "FIRST_ID",
@@ -51,7 +54,11 @@ __all__ = [
     "Run",
     "Selection",
     "Table",
+    "TrainBatches",
+    "build_optimizer",
     "hookimpl",
+    "measure",
+    "predict",
 ]
 
 _LAZY = {
@@ -59,6 +66,10 @@ _LAZY = {
     "MLPBlock": "recsys.nn.mlp",
     "Run": "recsys.train.run",
     "Table": "recsys.nn.table",
+    "TrainBatches": "recsys.data.batches",
+    "build_optimizer": "recsys.nn.optim",
+    "measure": "recsys.train.score",
+    "predict": "recsys.train.score",
 }
 """Names whose modules import torch or polars: imported when they are first asked for."""
 

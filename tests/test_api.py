@@ -26,8 +26,12 @@ NAMES = [
     "Run",
     "Selection",
     "Table",
+    "TrainBatches",
     "UNKNOWN_ID",
+    "build_optimizer",
     "hookimpl",
+    "measure",
+    "predict",
 ]
 
 
