@@ -94,7 +94,8 @@ def _key(config: DataConfig, source: Source) -> str | None:
     if not isinstance(source, Identified):
         return None
     body = config.model_dump(mode="json", exclude={"dataset"})
-    text = json.dumps([body, encoder_files.VERSION, VERSION, source.identity()], sort_keys=True, default=str)
+    # In the recipe's order: it is that of the fields, and so of the model's weights.
+    text = json.dumps([body, encoder_files.VERSION, VERSION, source.identity()], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ def cache_folder() -> Path:
 def data_root(recipe: Recipe, given: Path | None) -> DataRoot:
     """Return the places where relative data paths are looked for, in order."""
     set_by_environment = os.environ.get("RECSYS_DATA")
-    places = [given, Path(set_by_environment) if set_by_environment else None, recipe.folder]
+    places = [given, recipe.data_root, Path(set_by_environment) if set_by_environment else None, recipe.folder]
     return DataRoot(tuple(place for place in places if place is not None), recipe.data.dataset)
 
 
@@ -151,12 +152,15 @@ def build_run(
     )
 
 
-def describe_run(recipe: Recipe, registry: Registry, fingerprint: str, arguments: Sequence[str]) -> dict[str, Any]:
+def describe_run(
+    recipe: Recipe, registry: Registry, fingerprint: str, arguments: Sequence[str], root: Path | None
+) -> dict[str, Any]:
     """Return what must be known to repeat a run: versions, plugins, data, code."""
     packages = ("torch", "lightning", "polars", "numpy", "torchmetrics", "pluggy", "safetensors")
     return {
         "recipe": recipe.name,
         "recipe_folder": str(recipe.folder),
+        "data_root": None if root is None else str(root.resolve()),
         "arguments": list(arguments),
         "recsys": recsys.__version__,
         "python": platform.python_version(),
@@ -187,7 +191,9 @@ def read_run(folder: Path, registry: Registry) -> tuple[Recipe, dict[str, Any]]:
         raise RunError(f"{folder}: no run folder (it has no run.json).{hint}")
     facts = read_json(folder / "run.json")
     document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
-    return check_document(document, registry, facts["recipe"], Path(facts["recipe_folder"])), facts
+    recipe = check_document(document, registry, facts["recipe"], Path(facts["recipe_folder"]))
+    root = facts.get("data_root")
+    return replace(recipe, data_root=None if root is None else Path(root)), facts
 
 
 def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Recipe, Run, dict[str, Any]]:

@@ -58,6 +58,7 @@ class Recipe:
         loss: the loss.
         train: the `train:` block.
         stages: in order.
+        data_root: of a run that goes on: the folder that it was started with.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Recipe:
     loss: Checked
     train: TrainOptions
     stages: tuple[Checked, ...]
+    data_root: Path | None = None
 
     def located(self, error: RecipeError) -> RecipeError:
         """Return the error with the file and line of the value that it is about."""

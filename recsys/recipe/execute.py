@@ -125,7 +125,7 @@ class Session:
     def _run(self, world: distributed.World, console: Console) -> Run:
         source = build_source(self.recipe, self.registry, data_root(self.recipe, self.data_root))
         prepared = prepare_data(self.recipe, source, console, world)
-        facts = describe_run(self.recipe, self.registry, prepared.fingerprint, sys.argv[1:])
+        facts = describe_run(self.recipe, self.registry, prepared.fingerprint, sys.argv[1:], self.data_root)
         encoder = prepared.encoder
         if self.resume:
             self._refuse_drift(facts, console)

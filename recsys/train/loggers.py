@@ -33,6 +33,7 @@ def make_logger(name: Literal["csv", "tensorboard", "wandb", "mlflow"], folder: 
             case "mlflow":
                 return loggers.MLFlowLogger(experiment_name="recsys", run_name=f"{folder.name}/{stage}")
     except ModuleNotFoundError as error:
+        package = error.name or name
         raise RecipeError(
-            f"train.logger: '{name}' needs the package '{error.name}'; install it with `pip install \"recsys[{name}]\"`"
+            f"train.logger: '{name}' needs the package '{package}'; install it with `pip install \"recsys[{name}]\"`"
         ) from None

@@ -177,3 +177,53 @@ def test_json_is_the_only_line_of_stdout(recsys: Command, tmp_path: Path, recipe
     out = recsys("evaluate", tmp_path / "run", "--json").splitlines()
     assert len(out) == 1
     assert set(json.loads(out[0])["metrics"]) == {"valid", "test"}
+
+
+def test_a_run_finds_its_data_again_and_goes_on_where_they_were_moved(
+    recsys: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    block = recsys("schema", "infer", write(logs(), tmp_path / "a" / "logs.parquet"))
+    (tmp_path / "recipe.yaml").write_text(block.replace(str(tmp_path / "a") + "/", "") + MODEL)
+    monkeypatch.chdir(tmp_path)
+    recsys("train", "recipe.yaml", "--data-root", "a", "--out", "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    told = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
+    assert json.loads(recsys("evaluate", "../run", "--json"))["metrics"] == told
+    # Another cache, another folder, another time of the file: the same data all the same.
+    monkeypatch.setenv("RECSYS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "b").mkdir()
+    write(pl.read_parquet(tmp_path / "a" / "logs.parquet"), tmp_path / "b" / "logs.parquet")
+    (tmp_path / "a" / "logs.parquet").unlink()
+    assert "3-export: done before" in recsys("train", "--resume", "../run", "--data-root", "../b")
+    write(logs().with_columns(city=pl.lit("x")), tmp_path / "b" / "logs.parquet")
+    with pytest.raises(SystemExit, match="the data has changed since the run was started"):
+        recsys("train", "--resume", "../run", "--data-root", "../b", "--allow-drift")
+
+
+def test_fields_keep_the_order_of_the_recipe_whatever_the_cache_holds(
+    recsys: Command, tmp_path: Path, recipe: Path
+) -> None:
+    names = {}
+    for order in ("[user, city]", "[city, user]"):
+        run = tmp_path / order
+        recsys("train", recipe, f"data.categorical={order}", "--out", run)
+        bodies = [json.loads((run / folder / "encoder" / "encoder.json").read_text()) for folder in ("", "export")]
+        names[order] = [list(body["config"]["categorical"]) for body in bodies]
+        data = json.loads((run / "recipe.json").read_text())["data"]
+        assert list(data) == ["source", "split", "label", "categorical", "numeric", "context"]
+    assert names == {"[user, city]": [["user", "city"]] * 2, "[city, user]": [["city", "user"]] * 2}
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_an_absent_logger_names_its_extra(
+    recsys: Command, tmp_path: Path, recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Absent:
+        def __init__(self, **_: Any) -> None:
+            raise ModuleNotFoundError(f"{name} is not there")
+
+    monkeypatch.setattr(f"lightning.pytorch.loggers.{'WandbLogger' if name == 'wandb' else 'MLFlowLogger'}", Absent)
+    with pytest.raises(SystemExit, match=rf"'{name}' needs the package '{name}'; install it with .*recsys\[{name}\]"):
+        recsys("train", recipe, f"train.logger={name}", "--out", tmp_path / "run")
