@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,6 +23,8 @@ from recsys.data.shards import Shards, sync_folder, write_shards
 from recsys.data.sources import Identified, Traceable, naming_file
 from recsys.data.split import row_finder, scanned_as, split_frames
 from recsys.errors import DataError
+
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 Progress = Callable[[str, int], None]
 """Called with what is being done and the rows done so far."""
@@ -75,7 +79,8 @@ def prepare(
             for shards in prepared.splits.values():
                 shards.verify()
         return prepared
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=cache))
+    _sweep(cache)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{_MACHINE}-{os.getpid()}-", dir=cache))
     try:
         _build(config, source, temporary, progress)
         try:
@@ -87,6 +92,24 @@ def prepare(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _load(folder)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what processes of this machine left half written when they were killed."""
+    for left in cache.glob(f".{_MACHINE}-*-*"):
+        process = left.name.split("-")[1]
+        if process.isdecimal() and not _is_running(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def _key(config: DataConfig, source: Source) -> str | None:

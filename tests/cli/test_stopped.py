@@ -104,6 +104,25 @@ def test_killed_again_and_again_at_random_it_ends_with_the_same_bits(tmp_path: P
         assert sha256(run / name) == sha256(whole / name), name
 
 
+def test_a_run_killed_while_encoding_leaves_nothing_behind(
+    recsys: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("RECSYS_CACHE", str(cache))
+    arguments = ("train", "quickstart", "data.source.rows=300000", "train.epochs=1", "--out", str(tmp_path / "run"))
+    process = subprocess.Popen([sys.executable, "-m", "recsys.cli", *arguments], stdout=subprocess.DEVNULL)
+    while not list(cache.glob(".*/.train-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(list(cache.iterdir())) == 1, "it was caught in the midst"
+    small = ("data.source.rows=2000", *arguments[3:])
+    recsys(*arguments[:2], *small)
+    (entry,) = cache.iterdir()
+    assert not entry.name.startswith(".")
+
+
 def test_a_snapshot_from_before_the_stop_is_found(
     recsys: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
