@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field as Limits
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,7 @@ from recsys.api import Component, Fields, MLPBlock, RecipeError, hookimpl
 
 Preset = Literal["paper", "official", "fuxictr", "deepctr"]
 Residual = Literal["projected", "identity", "none"]
+Share = Annotated[float, Limits(ge=0, lt=1)]
 
 SMALL = 16
 """Up to so many fields, on a CPU, scores and softmax as plain products are faster than the blockwise kernel; the
@@ -156,10 +159,10 @@ class AutoInt(nn.Module):
         fields: Fields,
         *,
         preset: Preset = "paper",
-        layers: int = 3,
-        heads: int = 2,
-        width: int | None = None,
-        dropout: float = 0.0,
+        layers: NonNegativeInt = 3,
+        heads: PositiveInt = 2,
+        width: PositiveInt | None = None,
+        dropout: Share = 0.0,
         scale: bool | None = None,
         residual: Residual | None = None,
         layer_norm: bool | None = None,
@@ -216,16 +219,16 @@ class AutoIntPlus(nn.Module):
         fields: Fields,
         *,
         preset: Preset = "paper",
-        layers: int = 3,
-        heads: int = 2,
-        width: int | None = None,
-        dropout: float = 0.0,
+        layers: NonNegativeInt = 3,
+        heads: PositiveInt = 2,
+        width: PositiveInt | None = None,
+        dropout: Share = 0.0,
         scale: bool | None = None,
         residual: Residual | None = None,
         layer_norm: bool | None = None,
-        hidden: tuple[int, ...] = (400, 400),
+        hidden: tuple[PositiveInt, ...] = (400, 400),
         batch_norm: bool = False,
-        mlp_dropout: float = 0.0,
+        mlp_dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         self.attention = AutoInt(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from recsys.contracts import Fields
-from recsys.nn.mlp import Activation, MLPBlock, linear
+from recsys.nn.mlp import Activation, MLPBlock, Share, linear
 
 
 class FM(nn.Module):
@@ -56,10 +57,10 @@ class MLP(nn.Module):
         self,
         fields: Fields,
         *,
-        hidden: tuple[int, ...] = (400, 400, 400),
+        hidden: tuple[PositiveInt, ...] = (400, 400, 400),
         activation: Activation = "relu",
         batch_norm: bool = False,
-        dropout: float = 0.0,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         self.stack = MLPBlock(
@@ -90,7 +91,7 @@ class CrossNet(nn.Module):
         rank: rank of the weight matrices; null for full matrices `[F·D, F·D]`.
     """
 
-    def __init__(self, fields: Fields, *, layers: int = 3, rank: int | None = None) -> None:
+    def __init__(self, fields: Fields, *, layers: NonNegativeInt = 3, rank: PositiveInt | None = None) -> None:
         super().__init__()
         self.fields = fields
         self.width = len(fields) * fields.dim

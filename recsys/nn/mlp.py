@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 from torch import Tensor, nn
 
 from recsys.errors import DataError
 from recsys.nn.dropout import Dropout
 
+Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
+"""A part of a whole that is dropped, in [0, 1)."""
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "identity"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ class Table(nn.Module):
         init_std: standard deviation of the normal initialisation.
     """
 
-    def __init__(self, schema: EncodedSchema, *, dim: int = 16, init_std: float = 1e-4) -> None:
+    def __init__(self, schema: EncodedSchema, *, dim: PositiveInt = 16, init_std: NonNegativeFloat = 1e-4) -> None:
         super().__init__()
         self.schema = schema
         self.layout = Layout.of(schema)

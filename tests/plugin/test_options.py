@@ -133,7 +133,8 @@ def test_types_are_exact_for_any_value(value: Any) -> None:
     for name, fine in allowed.items():
         if fine:
             got = check({name: value})[name]
-            assert (tuple(value) if name == "hidden" else value) == got or math.isnan(value)
+            wanted = {"hidden": tuple, "dropout": float}.get(name, lambda same: same)(value)
+            assert wanted == got or math.isnan(value)
         else:
             with pytest.raises(RecipeError, match=re.escape(f"model.interaction.{name}: expected ")):
                 check({name: value})
@@ -251,3 +252,25 @@ def test_the_json_schema_lists_components_by_kind(tmp_path: Path) -> None:
     assert "needs_dim" not in short  # it cannot be written as a name alone
     references = {choice["$ref"] for choice in schema["$defs"]["interaction"]["anyOf"][1:]}
     assert {"#/$defs/interaction.plain_one", "#/$defs/interaction.needs_dim"} <= references
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "given", "message"),
+    [
+        ("embedding", "table", {"dim": 0}, "x.dim: expected greater than 0, got 0"),
+        ("embedding", "table", {"init_std": -1}, "x.init_std: expected greater than or equal to 0, got -1"),
+        ("interaction", "cross", {"layers": -1}, "x.layers: expected greater than or equal to 0, got -1"),
+        ("interaction", "cross", {"rank": 0}, "x.rank: expected greater than 0, got 0"),
+        ("interaction", "mlp", {"hidden": [8, 0]}, "x.hidden[1]: expected greater than 0, got 0"),
+        ("interaction", "mlp", {"dropout": 1}, "x.dropout: expected less than 1, got 1"),
+        ("interaction", "autoint", {"heads": 0}, "x.heads: expected greater than 0, got 0"),
+        ("interaction", "autoint", {"dropout": 1.5}, "x.dropout: expected less than 1, got 1.5"),
+        ("interaction", "autoint_plus", {"mlp_dropout": -0.1}, "x.mlp_dropout: expected greater than or equal to 0"),
+    ],
+)
+def test_sizes_and_shares_out_of_range_are_refused_before_anything_runs(
+    kind: Any, name: str, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_registry(environ={}).check(kind, {"use": name, **given}, "x")
+    assert message in str(caught.value)
