@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,12 +197,12 @@ class Epochs(Callback):
     def _monitored(self, scores: Mapping[str, float]) -> float | None:
         names = [name for name in scores if name == f"valid/{self.options.monitor}"]
         names = names or [name for name in scores if name.endswith(f"/{self.options.monitor}")]
-        if not names:
+        # With one class in the validation split a task's metric is undefined; if every task's is, nothing is chosen.
+        values = [scores[name] for name in names if not math.isnan(scores[name])]
+        if not values:
             return None
-        value = sum(scores[name] for name in names) / len(names)
         sign = 1.0 if self.metrics[self.options.monitor].higher_is_better else -1.0
-        # An undefined monitor (one class in the validation split) chooses nothing.
-        return sign * value if value == value else None
+        return sign * sum(values) / len(values)
 
     def _note(self, epoch: int, scores: Mapping[str, float]) -> bool:
         value = self._monitored(scores)

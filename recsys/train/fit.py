@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import signal
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import lightning
 import torch
@@ -80,13 +79,14 @@ class Fit:
             _train(run, options, batches, epochs)
         epochs.load_best()
         run.keep_weights()
-        write_json_once(run, {"epochs": epochs.history, "best_epoch": epochs.best_epoch})
+        _write_history(run, epochs)
 
 
-def write_json_once(run: Run, value: Mapping[str, Any]) -> None:
-    """Write the stage's epochs, from one process."""
+def _write_history(run: Run, epochs: Epochs) -> None:
+    """Write the stage's epochs, from one process; JSON has no NaN, an undefined metric is null."""
     if run.world.leads:
-        write_json(run.stage_folder / "history.json", value)
+        history = [{k: None if math.isnan(v) else v for k, v in epoch.items()} for epoch in epochs.history]
+        write_json(run.stage_folder / "history.json", {"epochs": history, "best_epoch": epochs.best_epoch})
 
 
 def _monitors(run: Run, options: TrainOptions) -> dict[str, Metric]:

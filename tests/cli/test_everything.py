@@ -193,3 +193,20 @@ def test_a_row_of_weight_zero_teaches_nothing_and_another_weight_something(
         weights[name] = sha256(folder / f"run-{name}" / "1-fit" / "model.safetensors")
     assert weights["flipped"] == sha256(run / "1-fit" / "model.safetensors")
     assert weights["heavier"] != weights["flipped"]
+
+
+def test_a_task_without_a_metric_leaves_the_choice_to_the_others(recsys: Command, folder: Path) -> None:
+    valid = (pl.int_range(pl.len()) >= 360) & (pl.int_range(pl.len()) < 480)
+    (folder / "one-class").mkdir()
+    one_class = logs().with_columns(stars=pl.when(valid).then(1).otherwise("stars"))
+    one_class.write_parquet(folder / "one-class" / "logs.parquet")
+    # A learning rate at which the later epochs are worse.
+    options = ("train.epochs=4", "train.learning_rate=0.3", "train.monitor=auc")
+    told = recsys(
+        "train", folder / "recipe.yaml", *options, "--data-root", folder / "one-class", "--out", folder / "run-1"
+    )
+    assert "warning: valid: label 'like' is 0 in all 120 rows" in told
+    history = json.loads((folder / "run-1" / "1-fit" / "history.json").read_text())
+    auc = [epoch["valid/click/auc"] for epoch in history["epochs"]]
+    assert all(epoch["valid/like/auc"] is None for epoch in history["epochs"])
+    assert history["best_epoch"] == 1 + int(np.argmax(auc)) < 4
