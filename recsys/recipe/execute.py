@@ -32,6 +32,7 @@ from recsys.recipe.build import (
 from recsys.recipe.check import Recipe
 from recsys.train import distributed
 from recsys.train.checkpoint import write_json
+from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
 from recsys.train.stages import check_order
 
@@ -103,6 +104,7 @@ class Session:
     def run(self) -> dict[str, Any] | None:
         """Do everything; return the result, from the process that leads."""
         started = time.monotonic()
+        keep_freed_memory()
         if self.recipe.train.threads:
             torch.set_num_threads(self.recipe.train.threads)
         world = distributed.join_world(self.recipe.train.accelerator)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recsys.contracts import EncodedSchema, Field, Fields, Selection
 from recsys.nn.interaction import CrossNet
 from recsys.nn.table import Table
+from recsys.train.memory import keep_freed_memory
 from recsys_autoint import AutoInt
 
 
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device, rows = args.device, args.rows
+    keep_freed_memory()  # as `recsys train` does, for both sides
 
     def report(name: str, ours: float, theirs: float) -> None:
         print(f"{name:<52} {ours:8.1f} ms   textbook {theirs:8.1f} ms   ratio {theirs / ours:5.2f}")
