@@ -6,8 +6,11 @@ import ctypes
 import platform
 
 _M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
+_M_MMAP_THRESHOLD = -3
 """Numbers of `mallopt(3)`."""
+
+LARGEST = 2**28
+"""Bytes of the largest block that is kept; larger ones go back to the system, so that what is kept stays bounded."""
 
 
 def keep_freed_memory() -> bool:
@@ -20,4 +23,4 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
