@@ -72,12 +72,16 @@ def measure(predictions: Predictions, metrics: Mapping[str, Metric]) -> dict[str
     for task in tasks:
         for name, metric in metrics.items():
             context = {need: predictions.context[need] for need in metric.needs}
-            # Every rank holds all rows already; a second synchronisation would count them again.
-            metric.sync_on_compute = False  # type: ignore[attr-defined]
+            # Every rank holds all rows already; synchronised by torchmetrics, each would count once per rank.
+            metric.distributed_available_fn = _alone  # type: ignore[attr-defined]
             metric.reset()  # type: ignore[attr-defined]
             metric.update(predictions.logit[task], predictions.label[task], **context)
             values[name if len(tasks) == 1 else f"{task}/{name}"] = float(metric.compute())
     return values
+
+
+def _alone() -> bool:
+    return False
 
 
 def _collect(columns: dict[str, list[Tensor]], batch: Batch, logits: Mapping[str, Tensor]) -> None:
