@@ -1,7 +1,7 @@
 """The conformance kit: what every component of a kind must do, run against one of them.
 
 from recsys.testing import contract
-from recsys_mixer import Mixer
+from my_plugin import Mixer
 
 def test_contract():
     contract("interaction", Mixer, layers=2)

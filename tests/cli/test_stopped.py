@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_a_run_resumes_in_the_midst_of_an_epoch_to_the_same_bits(recsys: Command
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_again_and_again_at_random_it_ends_with_the_same_bits(tmp_path: Path, seed: int) -> None:
-    """Five SIGKILLs each, at times drawn at random from the length of a run, import and encoding included."""
+    """Up to five SIGKILLs each, at times drawn at random from the length of a run, import and encoding included."""
     times = random.Random(seed)
     command = [sys.executable, "-m", "recsys.cli", "train"]
     recipe = [*RECIPE, "train.save_every=7", "model.interaction[1].batch_norm=true"]
@@ -95,11 +96,13 @@ def test_killed_again_and_again_at_random_it_ends_with_the_same_bits(tmp_path: P
         time.sleep(times.uniform(0.3, 1) * length)
         process.kill()
         if process.wait() == 0:
-            break
-        kills += 1
+            if kills:
+                break
+            shutil.rmtree(run)  # it was faster than the first one, and nothing has been killed yet
+        else:
+            kills += 1
     if not (run / "metrics.json").exists():
         subprocess.run([*command, "--resume", str(run)], check=True, stdout=subprocess.DEVNULL)
-    assert kills
     for name in ("1-fit/model.safetensors", "1-fit/history.json", "2-evaluate/metrics.json"):
         assert sha256(run / name) == sha256(whole / name), name
 
