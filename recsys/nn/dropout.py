@@ -13,7 +13,7 @@ class Dropout(nn.Module):
 
     Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 2014.
 
-    On a CPU the random bits are drawn 64 at a time and serve four elements, about nine times faster than one
+    On a CPU the random bits are drawn 64 at a time and serve four elements, several times faster than one
     Bernoulli draw for each; p is then rounded to a multiple of 2⁻¹⁶, and the scale is that of the rounded p, so
     that the mean is exact. On a GPU this is PyTorch's own kernel.
 
