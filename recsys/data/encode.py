@@ -40,7 +40,9 @@ class Encoder:
     def fit(
         cls, logs: pl.LazyFrame, config: DataConfig, *, where: Where | None = None, what: str = "the train split"
     ) -> Encoder:
-        """Learn from the train split, in one pass and in memory bounded by `config.batch_rows` and the vocabularies.
+        """Learn from the train split, in one pass.
+
+        Memory: a block of `config.batch_rows`, the vocabularies, and what Polars reads ahead, which levels off.
 
         Args:
             logs: raw rows of the train split.
