@@ -196,7 +196,7 @@ class DataConfig(_Strict):
     )
     sequences: dict[str, SequenceGroup] = Field(default={}, description="groups of past events")
     context: dict[ContextName, str] = Field(default={}, description="columns for losses and metrics, never features")
-    batch_rows: int = Field(default=131_072, ge=1, description="rows encoded at once; what Polars reads ahead comes on top")
+    batch_rows: int = Field(default=131_072, ge=1, description="rows encoded at once; Polars reads ahead besides")
     shard_rows: int = Field(default=4_194_304, ge=1, description="rows per encoded file")
 
     @model_validator(mode="after")
