@@ -28,7 +28,7 @@ from recsys.plugin.registry import Checked, Registry
 from recsys.recipe.check import Recipe, check_document
 from recsys.recipe.reader import Document
 from recsys.train import distributed
-from recsys.train.checkpoint import read_json, write_json
+from recsys.train.checkpoint import read_json, replacing, write_json
 from recsys.train.distributed import World
 from recsys.train.progress import bar
 from recsys.train.run import PlantedTruth, Run, Spec
@@ -173,10 +173,11 @@ def describe_run(
 
 
 def write_run(folder: Path, recipe: Recipe, facts: Mapping[str, Any], encoder: Encoder) -> None:
-    """Start a run folder: recipe, facts, encoder."""
+    """Start a run folder: encoder, recipe, and last the facts, for a folder that has them can be resumed."""
+    with replacing(folder / "encoder") as temporary:
+        encoder.save(temporary)
     write_json(folder / "recipe.json", recipe.document.value)
     write_json(folder / "run.json", facts)
-    encoder.save(folder / "encoder")
 
 
 def read_run(folder: Path, registry: Registry) -> tuple[Recipe, dict[str, Any]]:

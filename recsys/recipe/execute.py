@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -12,12 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from recsys.contracts import Stage
+from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
+from recsys.data.prepare import Prepared
 from recsys.errors import RecsysError, RunError
 from recsys.plugin.registry import Registry
 from recsys.recipe.build import (
@@ -31,7 +34,7 @@ from recsys.recipe.build import (
 )
 from recsys.recipe.check import Recipe
 from recsys.train import distributed
-from recsys.train.checkpoint import write_json
+from recsys.train.checkpoint import alone_in, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
 from recsys.train.stages import check_order
@@ -49,11 +52,17 @@ def new_folder(recipe: Recipe, out: Path | None) -> Path:
     if out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         out = Path("runs") / f"{recipe.folder.name}-{recipe.name}-{stamp}-{os.getpid() % 10000:04d}"
-    if out.exists() and any(out.iterdir()) and not _launched():
+    if out.exists() and not _launched() and not _never_began(out):
         raise RunError(
             f"{out} is not empty. Continue the run in it with `recsys train --resume {out}`, or name another folder"
         )
     return out
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether the folder holds nothing but what a start that was killed before `run.json` leaves."""
+    names = {path.name for path in folder.iterdir()}
+    return all(n in ("encoder", "recipe.json") or (n.startswith(".") and n.endswith(".tmp")) for n in names)
 
 
 def resumed(folder: Path, registry: Registry) -> tuple[Recipe, Path]:
@@ -128,7 +137,14 @@ class Session:
         source = build_source(self.recipe, self.registry, data_root(self.recipe, self.data_root))
         prepared = prepare_data(self.recipe, source, console, world)
         facts = describe_run(self.recipe, self.registry, prepared.fingerprint, sys.argv[1:], self.data_root)
-        encoder = prepared.encoder
+        with contextlib.ExitStack() as held:
+            distributed.led(world, lambda: held.enter_context(alone_in(self.folder)) if world.leads else None)
+            return self._train(source, prepared, facts, world)
+
+    def _train(self, source: Source, prepared: Prepared, facts: Mapping[str, Any], world: distributed.World) -> Run:
+        console, encoder = self.console, prepared.encoder
+        if world.leads:
+            sweep(self.folder)
         if self.resume:
             self._refuse_drift(facts, console)
             encoder = Encoder.load(self.folder / "encoder")
@@ -204,6 +220,8 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
             continue
         run.stage = label
         registry.hooks.recsys_before_stage(run=run, stage=label)
+        # A stage that follows others draws what it would draw if the run had been stopped and resumed before it.
+        lightning.seed_everything(run.seed(label, "stage", run.world.rank) % 2**32, verbose=False)
         stage.run(run)
         run.stage_done(label)
         registry.hooks.recsys_after_stage(run=run, stage=label, metrics=run.scores)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from recsys.contracts import Batch, Metric
+from recsys.errors import RunError
 from recsys.train.checkpoint import load_checkpoint, save_checkpoint
 from recsys.train.distributed import any_rank, average_buffers, gather_rows, wait_for_all
 from recsys.train.loggers import make_logger
@@ -67,13 +68,20 @@ class Epochs(Callback):
     _first: int = 0
 
     def resume(self) -> None:
-        """Take up the newest checkpoint of this stage, if there is one."""
-        found = load_checkpoint(self._checkpoints)
+        """Take up the newest checkpoint of this stage, if there is one.
+
+        Raises:
+            RunError: it does not fit the model or this version.
+        """
+        found = load_checkpoint(self._checkpoints, self.run.say)
         if found is None:
             return
-        tensors, state, skipped = found
-        for sentence in skipped:
-            self.run.say(sentence)
+        try:
+            self._take_up(*found)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise RunError(f"{self._checkpoints}: the checkpoint does not fit this run\n{error!r}") from None
+
+    def _take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.history = state["history"]
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.without_gain, self.finished = state["without_gain"], state["finished"]

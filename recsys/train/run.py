@@ -18,7 +18,7 @@ from recsys.data.shards import Shards
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.nn.model import Model
 from recsys.nn.selection import load_selection, save_selection
-from recsys.train.checkpoint import load_tensors, read_json, save_tensors, write_json
+from recsys.train.checkpoint import load_tensors, read_json, replacing, save_tensors, write_json
 from recsys.train.distributed import World, wait_for_all
 from recsys.train.options import TrainOptions
 
@@ -155,8 +155,8 @@ class Run:
         """Make the model physically smaller, and remember how."""
         path = self.stage_folder / "selection.safetensors"
         if self.world.leads:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_selection(selection, path)
+            with replacing(path) as temporary:
+                save_selection(selection, temporary)
         wait_for_all()
         self.state["selections"].append(f"{self.stage}/selection.safetensors")
         self.model = self.model.prune(selection)
@@ -172,11 +172,15 @@ class Run:
         wait_for_all()
 
     def restore(self) -> None:
-        """Take up the state after the last complete stage of this folder."""
+        """Take up the state after the last complete stage of this folder.
+
+        Raises:
+            RunError: the state or the weights are missing, damaged or of another version.
+        """
         path = self.folder / "state.json"
         if not path.exists():
             return
-        self.state = read_json(path)
+        self.state = _checked_state(path, read_json(path), self.state)
         self.scores = self.state.get("scores", {})
         self.rows_trained = self.state.get("rows_trained", 0)
         self.seconds_training = self.state.get("seconds_training", 0.0)
@@ -186,6 +190,16 @@ class Run:
         if self.world.leads:
             save_tensors(path, tensors)
         wait_for_all()
+
+
+def _checked_state(path: Path, found: Any, fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was read as a run's state if it has the parts of a fresh one."""
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: not the state of a run")
+    for key, value in fresh.items():
+        if key not in found or (value is not None and not isinstance(found[key], type(value))):
+            raise RunError(f"{path}: '{key}' is missing or of another kind; written by another version, or altered")
+    return found
 
 
 def no_snapshot(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from recsys.contracts import Metric, Named, Stage
 from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.selection import is_everything
-from recsys.train.checkpoint import save_tensors, sha256, write_json
+from recsys.train.checkpoint import replacing, save_tensors, sha256, write_json
 from recsys.train.fit import Fit
 from recsys.train.run import Run, Spec, no_snapshot
 from recsys.train.score import measure, predict
@@ -135,7 +136,13 @@ class Export:
         """Write the folder `export` of the run."""
         if not run.world.leads:
             return
-        folder = run.folder / "export"
+        final = run.folder / "export"
+        with replacing(final) as folder:
+            folder.mkdir()
+            self._write(run, folder)
+        run.say(f"{run.stage}: {final}")
+
+    def _write(self, run: Run, folder: Path) -> None:
         run.encoder.save(folder / "encoder")
         save_tensors(folder / "model.safetensors", run.model.state_dict())
         write_json(folder / "recipe.json", run.recipe)
@@ -148,7 +155,6 @@ class Export:
             run.exporter(spec).export(run.model, example.to(run.device), folder / _name(spec))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
         write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
-        run.say(f"{run.stage}: {folder}")
 
 
 def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
