@@ -4,76 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from recsys.contracts import Batch
-from recsys.data.hashing import mix
+from recsys.data.order import Order, WindowOrder, divide
 from recsys.data.shards import Shards
+from recsys.data.windows import WindowStream
 from recsys.errors import DataError
 
-Words = npt.NDArray[Any]
-_ROUNDS = 6
 _SMALLEST_LAST = 64
-
-
-class Order:
-    """A random order of `rows` rows as a function: no state, no array of that length.
-
-    A keyed Feistel network (Luby, Rackoff 1988) permutes the numbers of the least number of bits that holds `rows`;
-    what falls outside is permuted again until it falls inside (cycle walking: Black, Rogaway 2002), fewer than two
-    rounds of it on average. The halves may differ by one bit; they swap their sizes from round to round.
-
-    Args:
-        rows: length of the order, at least 1.
-        seed: of the run.
-        epoch: another epoch, another order.
-    """
-
-    def __init__(self, rows: int, seed: int, epoch: int) -> None:
-        if rows < 1:
-            raise ValueError("an order needs at least one row")
-        self.size = rows
-        bits = max((rows - 1).bit_length(), 2)
-        self._high, self._low = bits // 2, bits - bits // 2
-        self._word = np.uint32 if bits <= 32 else np.uint64
-        base = mix(mix(seed) ^ epoch)
-        self._keys = tuple(self._word(mix(base + i) & 0xFFFFFFFF) for i in range(_ROUNDS))
-
-    def rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the rows at `positions [n]` int64, each in `[0, rows)`; a bijection on that range."""
-        found = self._permute(positions.astype(self._word))
-        outside = np.flatnonzero(found >= self.size)
-        while len(outside):
-            found[outside] = self._permute(found[outside])
-            outside = outside[found[outside] >= self.size]
-        return found.astype(np.int64)
-
-    def _permute(self, x: Words) -> Words:
-        word = self._word
-        left_bits, right_bits = self._high, self._low
-        left, right = x >> word(right_bits), x & word((1 << right_bits) - 1)
-        for key in self._keys:
-            left, right = right, left ^ (_scramble(right, key) & word((1 << left_bits) - 1))
-            left_bits, right_bits = right_bits, left_bits
-        return (left << word(right_bits)) | right
-
-
-def _scramble(x: Words, key: Any) -> Words:
-    """Mix a half with a round key; any function will do, so the finaliser of MurmurHash3 (Appleby) modulo the word."""
-    word = x.dtype.type
-    y: Words = (x + key) * word(0x85EBCA6B)
-    y ^= y >> word(13)
-    y *= word(0xC2B2AE35)
-    y ^= y >> word(16)
-    return y
+SHUFFLE_MEMORY = 512
+"""MiB."""
 
 
 @dataclass(frozen=True)
 class TrainBatches:
     """The micro-batches of one rank, in random order; every row exactly once per epoch over all ranks.
+
+    Rows that fit into `shuffle_memory` are in one random order over all of them (`Order`), through memory maps. More
+    rows are read from disk window by window, each window a random sample of blocks of the data (`WindowOrder`); two
+    windows together take `shuffle_memory`, or slightly more when some rows have much longer histories than others.
+    Either way the rows of a step do not depend on the number of ranks: each rank reads every window.
 
     Args:
         shards: the encoded rows.
@@ -82,6 +34,7 @@ class TrainBatches:
         rank: of this process.
         ranks: number of processes.
         accumulate: micro-batches per optimizer step.
+        shuffle_memory: MiB for the rows that are shuffled, in each process; 0 shuffles all rows as one, however many.
 
     Raises:
         DataError: a step has fewer rows than ranks times micro-batches.
@@ -93,6 +46,7 @@ class TrainBatches:
     rank: int = 0
     ranks: int = 1
     accumulate: int = 1
+    shuffle_memory: float = SHUFFLE_MEMORY
 
     def __post_init__(self) -> None:
         smallest = min(self.batch_size, len(self.shards))
@@ -129,12 +83,23 @@ class TrainBatches:
         `share` of each is its rows x ranks x accumulate / rows of the step: the mean over ranks and micro-batches of
         share x mean loss is then the mean loss of the step's rows.
         """
-        order = Order(len(self.shards), self.seed, epoch)
-        for step in range(start_step, self.steps):
-            for micro in range(self.accumulate):
-                low, high, rows = self.bounds(step, micro)
-                batch = self.shards.gather(order.rows(np.arange(low, high)))
-                yield replace(batch, share=(high - low) * self._pieces / rows)
+        spans = (self.bounds(step, micro) for step in range(start_step, self.steps) for micro in range(self.accumulate))
+        order = self.order(epoch)
+        if isinstance(order, WindowOrder):
+            with WindowStream(self.shards.files, order) as stream:
+                for low, high, rows in spans:
+                    yield replace(stream.batch(low, high), share=(high - low) * self._pieces / rows)
+            return
+        for low, high, rows in spans:
+            batch = self.shards.gather(order.rows(np.arange(low, high)))
+            yield replace(batch, share=(high - low) * self._pieces / rows)
+
+    def order(self, epoch: int) -> Order | WindowOrder:
+        """Return the order of an epoch's rows; its positions are those of `bounds`."""
+        rows, memory = len(self.shards), int(self.shuffle_memory * 2**20)
+        if not memory or self.shards.in_memory or self.shards.size <= memory:
+            return Order(rows, self.seed, epoch)
+        return WindowOrder(rows, *divide(rows, self.shards.size, memory), self.seed, epoch)
 
 
 @dataclass(frozen=True)
@@ -169,4 +134,4 @@ class EvalBatches:
         for batch in range(*self._span):
             low = batch * self.batch_size
             high = min(low + self.batch_size, len(self.shards))
-            yield low, self.shards.gather(np.arange(low, high))
+            yield low, self.shards.read(low, high)

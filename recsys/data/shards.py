@@ -7,26 +7,25 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import torch
 
 from recsys.contracts import Batch, EncodedSchema, Field, History
 from recsys.data.blocks import EncodedColumns
 from recsys.data.encode import Encoder
 from recsys.data.encoder_files import sha256_of
-from recsys.data.layout import Bytes, Layout
+from recsys.data.layout import Layout
+from recsys.data.pieces import Events, Piece, Rows, gather
 from recsys.data.report import SplitReport
 from recsys.data.shard_files import MANIFEST, VERSION, Part, ShardWriter, event_type
 from recsys.data.values import Where
+from recsys.data.windows import RowFiles, Space
 from recsys.errors import DataError
-
-Rows = npt.NDArray[np.int64]
 
 
 def write_shards(
@@ -114,38 +113,34 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-@dataclass(frozen=True)
-class _Events:
-    """The lists of one group in one part: row i has events `offsets[i] : offsets[i + 1]` of `values [E, K]`."""
-
-    offsets: npt.NDArray[np.int64]
-    values: npt.NDArray[Any]
-
-
 class Shards:
     """The encoded rows of one split, read-only.
 
     Rows are numbered from 0 in the order of the logs. The object holds memory maps only, so it is cheap to open and
-    may be used by many processes at once.
+    may be used by many processes at once. Pages of the maps that `gather` touches count as memory of the process, until
+    the system needs it for something else; what `read` and `files` read does not.
     """
 
     def __init__(self, folder: Path, schema: EncodedSchema, parts: tuple[Part, ...], in_memory: bool) -> None:
         self.folder = folder
         self.schema = schema
+        self.in_memory = in_memory
+        self.files = RowFiles(folder, Layout.of(schema), parts)
         self._parts = parts
-        self._layout = Layout.of(schema)
+        self._layout = self.files.layout
         self._starts = np.cumsum([0, *(p.rows for p in parts)])
-        self._records = [
-            _map(folder / p.records, np.dtype(np.uint8), in_memory).reshape(p.rows, self._layout.size) for p in parts
-        ]
-        self._events = [[self._open_events(p, i, h, in_memory) for i, h in enumerate(schema.histories)] for p in parts]
+        self._pieces = [self._open_part(p) for p in parts]
 
-    def _open_events(self, part: Part, index: int, history: History, in_memory: bool) -> _Events:
-        offsets, values = part.events[index]
-        mapped = _map(self.folder / values, event_type(history), in_memory)
-        return _Events(
-            _map(self.folder / offsets, np.dtype("<i8"), in_memory), mapped.reshape(-1, len(history.columns))
+    def _open_part(self, part: Part) -> Piece:
+        records = _map(self.folder / part.records, np.dtype(np.uint8), self.in_memory)
+        events = tuple(
+            Events(
+                _map(self.folder / offsets, np.dtype("<i8"), self.in_memory),
+                _map(self.folder / values, event_type(h), self.in_memory).reshape(-1, len(h.columns)),
+            )
+            for h, (offsets, values) in zip(self.schema.histories, part.events, strict=True)
         )
+        return Piece(records.reshape(part.rows, self._layout.size), events)
 
     @classmethod
     def open(cls, folder: Path, *, in_memory: bool = False) -> Shards:
@@ -196,6 +191,11 @@ class Shards:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(size for part in self._parts for size, _ in part.files.values())
+
     def gather(self, rows: Rows) -> Batch:
         """Return the batch of `rows [B]` int64, in that order; a row may appear more than once.
 
@@ -205,56 +205,29 @@ class Shards:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows must lie in [0, {len(self)})")
         if len(self._parts) == 1:
-            records = self._records[0].take(rows, axis=0)  # [B, record]
-            inside = [(0, slice(None), rows)]
-        else:
-            part = np.searchsorted(self._starts, rows, side="right") - 1
-            inside = [(int(p), part == p, rows[part == p] - self._starts[p]) for p in np.unique(part)]
-            records = np.empty((len(rows), self._layout.size), np.uint8)
-            for p, mask, local in inside:
-                records[mask] = self._records[p].take(local, axis=0)
-        return self._batch(records, self._histories(len(rows), inside))
+            return gather(self._layout, [(self._pieces[0], slice(None), rows)], len(rows))
+        part = np.searchsorted(self._starts, rows, side="right") - 1
+        taken = [(self._pieces[p], part == p, rows[part == p] - self._starts[p]) for p in np.unique(part)]
+        return gather(self._layout, taken, len(rows))
 
-    def _batch(self, records: Bytes, history: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Batch:
-        ids, values, label, context = self._layout.unpack(records)
-        return Batch(
-            ids=torch.from_numpy(ids),
-            values=None if values is None else torch.from_numpy(values),
-            history=history,
-            label={k: torch.from_numpy(v) for k, v in label.items()},
-            context={k: torch.from_numpy(v) for k, v in context.items()},
-        )
+    def read(self, low: int, high: int) -> Batch:
+        """Return the batch of the rows `low … high - 1`, without maps unless all is in memory.
 
-    def _histories(self, size: int, inside: list[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        found = {}
-        for index, history in enumerate(self.schema.histories):
-            length = np.zeros(size, np.int64)
-            for p, mask, local in inside:
-                offsets = self._events[p][index].offsets
-                length[mask] = offsets[local + 1] - offsets[local]
-            longest = max(int(length.max(initial=0)), 1)
-            ids = np.zeros((size, longest, len(history.columns)), np.int64)  # [B, L, K], NULL_ID where padded
-            for p, mask, local in inside:
-                ids[mask] = _padded(self._events[p][index], local, longest)
-            found[history.name] = (torch.from_numpy(ids), torch.from_numpy(length))
-        return found
+        Raises:
+            IndexError: not `0 <= low < high <= len`.
+            DataError: a file is shorter than when it was opened.
+        """
+        if not 0 <= low < high <= len(self):
+            raise IndexError(f"rows must lie in [0, {len(self)})")
+        if self.in_memory:
+            return self.gather(np.arange(low, high))
+        piece = self.files.read(np.array([low]), np.array([high]), Space())
+        return gather(self._layout, [(piece, slice(None), np.arange(high - low))], high - low)
 
     def labels(self, task: str) -> npt.NDArray[np.uint8]:
         """Return the labels of all rows, `[rows]` uint8."""
         run = self._layout.labels[self.schema.tasks.index(task)]
-        return np.concatenate([run.of(r)[:, 0] for r in self._records])
-
-
-def _padded(events: _Events, rows: Rows, longest: int) -> npt.NDArray[np.int64]:
-    """Return the lists of `rows [B]` as `[B, L, K]`, zero (`NULL_ID`) after their end."""
-    start, end = events.offsets[rows], events.offsets[rows + 1]
-    at = start[:, None] + np.arange(longest)  # [B, L]
-    real = at < end[:, None]
-    if not len(events.values):
-        return np.zeros((len(rows), longest, events.values.shape[1]), np.int64)
-    ids = events.values.take(np.where(real, at, 0), axis=0).astype(np.int64)  # [B, L, K]
-    ids *= real[:, :, None]
-    return ids
+        return np.concatenate([run.of(piece.records)[:, 0] for piece in self._pieces])
 
 
 def _map(path: Path, dtype: np.dtype[Any], in_memory: bool) -> npt.NDArray[Any]:

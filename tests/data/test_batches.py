@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.contracts import Batch
-from recsys.data.batches import EvalBatches, Order, TrainBatches
+from recsys.data.batches import EvalBatches, TrainBatches
+from recsys.data.order import Order
 from recsys.data.shards import Shards
 from recsys.errors import DataError
 
@@ -20,9 +21,13 @@ class Numbered:
     """Stands in for shards: row i has id i."""
 
     rows: int
+    in_memory = True
 
     def __len__(self) -> int:
         return self.rows
+
+    def read(self, low: int, high: int) -> Batch:
+        return self.gather(np.arange(low, high))
 
     def gather(self, rows: np.ndarray) -> Batch:
         return Batch(ids=torch.from_numpy(rows.copy())[:, None])

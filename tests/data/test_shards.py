@@ -3,6 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recsys.contracts import Batch, EncodedSchema, Field, History
+from recsys.data.batches import TrainBatches
 from recsys.data.blocks import EncodedColumns, Ragged
 from recsys.data.layout import Layout
+from recsys.data.order import WindowOrder, divide
+from recsys.data.pieces import gather
 from recsys.data.shards import Shards, write_blocks
+from recsys.data.windows import Space
 from recsys.errors import DataError
 
 SCHEMA = EncodedSchema(
@@ -119,6 +124,43 @@ def test_gathers_equal_python_lists(written: Any, shard_rows: int, picked: list[
     shards, expected = written[shard_rows]
     assert len(shards) == 300
     assert_equals(shards.gather(np.array(picked, np.int64)), [expected[i] for i in picked])
+
+
+@pytest.mark.parametrize("shard_rows", [1000, 64, 7])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(0, 300), min_size=2, max_size=40, unique=True), at_once=st.sampled_from([1, 20, 1000]))
+def test_ranges_read_from_disk_equal_python_lists(written: Any, shard_rows: int, cuts: list[int], at_once: int) -> None:
+    shards, expected = written[shard_rows]
+    low, high = np.array(sorted(cuts)[: len(cuts) // 2 * 2]).reshape(-1, 2).T
+    rows = [i for a, b in zip(low.tolist(), high.tolist(), strict=True) for i in range(a, b)]
+    space = Space()
+    shards.files.read(np.array([0]), np.array([290]), space)  # what lay in the space before is overwritten
+    with mock.patch("recsys.data.windows._AT_ONCE", at_once):
+        piece = shards.files.read(low, high, space)
+    picked = np.random.default_rng(0).permutation(len(rows))
+    batch = gather(shards.files.layout, [(piece, slice(None), picked)], len(rows))
+    assert_equals(batch, [expected[rows[i]] for i in picked])
+    assert_equals(shards.read(rows[0], rows[0] + 1), [expected[rows[0]]])
+
+
+@pytest.mark.parametrize("shard_rows", [1000, 64, 7])
+@pytest.mark.parametrize("batch_size", [7, 300])
+def test_streamed_batches_equal_python_lists(written: Any, shard_rows: int, batch_size: int) -> None:
+    shards, expected = written[shard_rows]
+    memory = shards.size // 3
+    order = WindowOrder(300, *divide(300, shards.size, memory), 9, 1)
+    assert order.windows > 5
+    low = 0
+    for batch in TrainBatches(shards, batch_size, 9, shuffle_memory=memory / 2**20).epoch(1):
+        assert_equals(batch, [expected[i] for i in order.rows(np.arange(low, low + len(batch)))])
+        low += len(batch)
+    assert low == 300
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 3), (5, 5), (299, 301)])
+def test_reads_outside_are_refused(written: Any, low: int, high: int) -> None:
+    with pytest.raises(IndexError, match=r"rows must lie in \[0, 300\)"):
+        written[64][0].read(low, high)
 
 
 def test_in_memory_equals_mapped(written: Any) -> None:
