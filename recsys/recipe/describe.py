@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.contracts import Batch, EncodedSchema
 from recsys.data.encode import Encoder
-from recsys.data.schema import DataConfig
+from recsys.data.layout import Layout, id_type
+from recsys.data.schema import FLOAT_CONTEXT, DataConfig
 from recsys.data.split import split_frames
 from recsys.nn.model import Model
 from recsys.plugin.options import json_schema
@@ -62,23 +63,86 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Dry:
-    """What `recsys check` found.
+    """What a recipe builds, without memory and without training.
 
     Args:
+        frames: split → raw rows.
+        encoder: fitted on the rows that were looked at.
         schema: of the encoded rows; sizes are those of the rows that were looked at.
         rows: how many rows of the train split were looked at.
-        splits: names of the splits.
         model: on the meta device: shapes without memory.
         flops: floating-point operations of one forward pass, per row.
         shapes: name → shape, for the steps from ids to logits.
     """
 
+    frames: Mapping[str, pl.LazyFrame]
+    encoder: Encoder
     schema: EncodedSchema
     rows: int
-    splits: tuple[str, ...]
     model: Model
     flops: float
     shapes: Mapping[str, tuple[str, ...]]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self.frames)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training a recipe takes; activations, which depend on the model, come on top.
+
+    Args:
+        tables: embedding tables and first-order weights, float32.
+        network: all other weights.
+        gradients: one number beside every weight.
+        optimizer: what the update rule keeps beside every weight.
+        batch: one encoded batch of `train.batch_size` rows.
+        encoded: split → its encoded rows on disk.
+    """
+
+    tables: int
+    network: int
+    gradients: int
+    optimizer: int
+    batch: int
+    encoded: Mapping[str, int]
+
+
+_STATE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}
+"""Update rule → numbers that it keeps beside every weight."""
+
+
+def expected_memory(
+    recipe: Recipe, dry: Dry, rows: Mapping[str, int], events: Mapping[str, float] | None = None
+) -> Memory:
+    """Return how many bytes training takes.
+
+    Args:
+        recipe: the checked recipe.
+        dry: what it builds.
+        rows: split → its rows.
+        events: list column → mean events per row; by default lists are taken for full.
+    """
+    schema, known = dry.schema, events or {}
+    tables, others = (sum(p.numel() for p in group) for group in dry.model.parameter_groups())
+    row = len(schema.fields) * (12 if schema.has_numeric else 8) + 4 * len(schema.tasks)
+    row += sum(4 if name in FLOAT_CONTEXT else 8 for name in schema.context)
+    row += sum(8 + 8 * h.max_length * len(h.columns) for h in schema.histories)
+    record = float(Layout.of(schema).size)
+    for history in schema.histories:
+        length = known.get(history.columns[0].name, history.max_length)
+        width = id_type(max(column.rows for column in history.columns)).itemsize
+        record += 8 + length * len(history.columns) * width  # an offset, and the ids of the events
+    return Memory(
+        tables=4 * tables,
+        network=4 * others,
+        gradients=4 * (tables + others),
+        optimizer=4 * _STATE[recipe.train.optimizer] * (tables + others),
+        batch=row * recipe.train.batch_size,
+        encoded={split: round(record * n) for split, n in rows.items()},
+    )
 
 
 def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -> Dry:
@@ -109,7 +173,7 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
     shapes = {"ids": ("B", str(len(schema.fields))), "e": ("B", str(fields), str(dim))}
     for checked, interaction in zip(recipe.interactions, model.interactions, strict=True):
         shapes[checked.name] = ("B", str(interaction.width))
-    return Dry(schema, looked, tuple(frames), model, counter.get_total_flops() / 64, shapes)
+    return Dry(frames, encoder, schema, looked, model, counter.get_total_flops() / 64, shapes)
 
 
 def _example(schema: EncodedSchema, rows: int) -> Batch:
