@@ -14,6 +14,7 @@ import pytest
 from recsys.data import doctor
 from recsys.data.doctor import examine
 from recsys.data.doctor_facts import Examination, Finding, Limits
+from recsys.data.doctor_rules import findings
 from recsys.data.doctor_scores import stability_index
 from recsys.data.encode import Encoder
 from recsys.data.schema import DataConfig
@@ -146,9 +147,7 @@ def test_null_and_unknown_rates_equal_a_slow_count() -> None:
             None if rng.random() < 0.1 else "?" if rng.random() < 0.1 else f"v{rng.integers(values)}"
             for _ in range(rows)
         ]
-        number = [
-            None if rng.random() < 0.2 else float("nan") if rng.random() < 0.1 else rng.random() for _ in range(rows)
-        ]
+        number = [None if rng.random() < 0.2 else rng.random() for _ in range(rows)]
         tags = [[f"t{rng.integers(values)}" for _ in range(rng.integers(0, 4))] for _ in range(rows)]
         frames[split] = pl.DataFrame({"y": rng.integers(0, 2, rows), "c": raw, "n": number, "tags": tags}, strict=False)
     found = check(
@@ -168,8 +167,7 @@ def test_null_and_unknown_rates_equal_a_slow_count() -> None:
         assert found.columns["c"].null[split] == pytest.approx(sum(missing) / len(values))
         assert found.columns["c"].unknown[split] == pytest.approx(sum(unknown) / len(values))
         numbers = frame["n"].to_list()
-        assert found.columns["n"].null[split] == pytest.approx(sum(x is None or x != x for x in numbers) / len(numbers))
-        assert found.columns["n"].non_finite[split] == sum(x is not None and x != x for x in numbers)
+        assert found.columns["n"].null[split] == pytest.approx(sum(x is None for x in numbers) / len(numbers))
         lists = frame["tags"].to_list()
         events = [t for tags in lists for t in tags]
         assert found.columns["tags"].null[split] == pytest.approx(sum(not tags for tags in lists) / len(lists))
@@ -179,6 +177,14 @@ def test_null_and_unknown_rates_equal_a_slow_count() -> None:
     assert found.columns["n"].unknown == {}
     assert found.columns["c"].ids == len(known) + 2
     assert {f.split for f in select(found, "unknown", column="c")} >= {"test"}
+
+
+def test_numbers_that_are_not_finite_are_told() -> None:
+    config = DataConfig.model_validate({"source": {}, "label": "y", "numeric": ["price"]})
+    found = check(logs(), numeric=["price"])
+    found.columns["price"].non_finite["train"] = 30
+    (finding,) = [f for f in findings(found, config, Limits()) if f.column == "price"]
+    assert (finding.code, finding.severity, finding.number) == ("non-finite", "note", 30 / 2000)
 
 
 def test_copies_are_counted_exactly() -> None:
