@@ -64,7 +64,8 @@ def save_selection(selection: Selection, path: Path) -> None:
     """Write a selection as safetensors: one bool vector per mask, the kept fields in the metadata."""
     tensors = {f"rows/{k}": v.detach().cpu().bool().contiguous() for k, v in selection.rows.items()}
     tensors |= {f"dims/{k}": v.detach().cpu().bool().contiguous() for k, v in selection.dims.items()}
-    save_file(tensors, path, metadata={"format": FORMAT, "fields": json.dumps(selection.fields)})
+    # One entry: safetensors writes several in an order that differs from process to process.
+    save_file(tensors, path, metadata={"selection": json.dumps({"format": FORMAT, "fields": selection.fields})})
 
 
 def load_selection(path: Path) -> Selection:
@@ -75,13 +76,13 @@ def load_selection(path: Path) -> Selection:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
+            meta = json.loads((file.metadata() or {}).get("selection", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (OSError, SafetensorError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise RunError(f"{path}: cannot be read as a selection: {e}") from e
     if meta.get("format") != FORMAT:
         raise RunError(f"{path}: not a selection file (format {meta.get('format')!r}, expected {FORMAT!r})")
-    return Selection(tuple(json.loads(meta["fields"])), _masks(tensors, "rows/"), _masks(tensors, "dims/"))
+    return Selection(tuple(meta["fields"]), _masks(tensors, "rows/"), _masks(tensors, "dims/"))
 
 
 def _masks(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

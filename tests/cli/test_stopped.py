@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 import shutil
 import signal
 import subprocess
@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from recsys.recipe import build
 from recsys.train import checkpoint, epochs
 from recsys.train.checkpoint import sha256
 
@@ -77,34 +79,19 @@ def test_a_run_resumes_in_the_midst_of_an_epoch_to_the_same_bits(recsys: Command
         assert sha256(run / name) == sha256(tmp_path / "whole" / name), name
 
 
+KILL = Path(__file__).parent.parent / "benchmarks" / "kill.py"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_again_and_again_at_random_it_ends_with_the_same_bits(tmp_path: Path, seed: int) -> None:
-    """Up to five SIGKILLs each, at times drawn at random from the length of a run, import and encoding included."""
-    times = random.Random(seed)
-    command = [sys.executable, "-m", "recsys.cli", "train"]
-    recipe = [*RECIPE, "train.save_every=7", "model.interaction[1].batch_norm=true"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    started = time.monotonic()
-    subprocess.run([*command, *recipe, "--out", str(whole)], check=True, stdout=subprocess.DEVNULL)
-    length = time.monotonic() - started
-    kills = 0
-    while kills < 5:
-        begun = (run / "run.json").exists()
-        arguments = ["--resume", str(run)] if begun else [*recipe, "--out", str(run)]
-        process = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
-        time.sleep(times.uniform(0.3, 1) * length)
-        process.kill()
-        if process.wait() == 0:
-            if kills:
-                break
-            shutil.rmtree(run)  # it was faster than the first one, and nothing has been killed yet
-        else:
-            kills += 1
-    if not (run / "metrics.json").exists():
-        subprocess.run([*command, "--resume", str(run)], check=True, stdout=subprocess.DEVNULL)
-    for name in ("1-fit/model.safetensors", "1-fit/history.json", "2-evaluate/metrics.json"):
-        assert sha256(run / name) == sha256(whole / name), name
+@pytest.mark.parametrize(("what", "kills"), [("fit", 15), ("checkpoint", 1), ("files", 1), ("encode", 5)])
+def test_killed_again_and_again_it_ends_with_the_same_bits(what: str, kills: int) -> None:
+    """At random times in any stage; at every call that saving makes; at every renaming; while encoding."""
+    command = [sys.executable, str(KILL), "--what", what, "--kills", str(kills), "--seed", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["SIGKILLs"] >= (kills if what in ("fit", "encode") else 20)
+    assert told["lost checkpoints"] == 0
 
 
 def test_a_run_killed_while_encoding_leaves_nothing_behind(
@@ -177,3 +164,185 @@ def test_an_early_stop_waits_for_the_snapshot(recsys: Command, tmp_path: Path) -
     history = json.loads((tmp_path / "run" / "1-fit" / "history.json").read_text())
     assert len(history["epochs"]) == 4
     assert history["best_epoch"] == 1
+
+
+SMALL = ("train", "quickstart", "data.source.rows=4000", "train.batch_size=256", "train.epochs=3", "train.save_every=5")
+PARTS = ("1-fit/model.safetensors", "1-fit/history.json", "2-evaluate/metrics.json", "export/manifest.json")
+
+
+def same(one: Path, other: Path) -> None:
+    for name in PARTS:
+        assert sha256(one / name) == sha256(other / name), name
+
+
+@pytest.mark.parametrize("left", ["nothing", "temporary", "encoder", "recipe"])
+def test_a_start_that_was_killed_before_there_was_anything_to_resume_can_be_made_again(
+    recsys: Command, tmp_path: Path, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    recsys(*SMALL, "--out", tmp_path / "whole")
+    real, calls = checkpoint.write_json, 0
+
+    def stop(path: Path, value: object) -> None:
+        nonlocal calls
+        calls += 1
+        if left != "recipe" or calls == 2:
+            raise KeyboardInterrupt
+        real(path, value)
+
+    run.mkdir()
+    if left == "temporary":
+        (run / ".encoder.1.tmp" / "vocabulary").mkdir(parents=True)
+    elif left != "nothing":
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "write_json", stop)
+            with pytest.raises(SystemExit):
+                recsys(*SMALL, "--out", run)
+        assert (run / "encoder").is_dir()
+        assert (run / "recipe.json").exists() == (left == "recipe")
+    recsys(*SMALL, "--out", run)
+    same(run, tmp_path / "whole")
+    assert not list(run.glob(".*"))
+    (run / "run.json").unlink()
+    with pytest.raises(SystemExit, match="is not empty"):
+        recsys(*SMALL, "--out", run)
+
+
+def test_a_run_that_meets_a_full_disk_goes_on_to_the_same_bits_when_there_is_room(
+    recsys: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    recsys(*SMALL, "--out", whole)
+    real, free = shutil.disk_usage, [10**12]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=free[0]))
+
+    def fill(folder: Path, step: int, *given: Any) -> Path:
+        if step >= 20:
+            free[0] = 1000
+        return checkpoint.save_checkpoint(folder, step, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "save_checkpoint", fill)
+        message = r"run/1-fit/checkpoints/step-0000000023: [\d,]+ bytes are needed, 1,000 are free there"
+        with pytest.raises(SystemExit, match=message) as stopped:
+            recsys(*SMALL, "--out", run)
+        assert "Traceback" not in str(stopped.value)
+    with pytest.raises(SystemExit, match="bytes are needed, 1,000 are free"):
+        recsys("train", "--resume", run)
+    monkeypatch.setattr(shutil, "disk_usage", real)
+    assert "epoch 1:" not in recsys("train", "--resume", run)
+    same(run, whole)
+
+
+def test_a_run_whose_checkpoints_are_all_broken_says_so_and_begins_the_stage_again(
+    recsys: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    recsys(*SMALL, "--out", whole)
+
+    def stop(*given: Any) -> Path:
+        path = checkpoint.save_checkpoint(*given)
+        if given[1] >= 20:
+            raise KeyboardInterrupt
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "save_checkpoint", stop)
+        with pytest.raises(SystemExit):
+            recsys(*SMALL, "--out", run)
+    for path in run.glob("1-fit/checkpoints/*/tensors.safetensors"):
+        os.truncate(path, 100)
+    told = recsys("train", "--resume", run)
+    assert told.count("skipped the checkpoint step-") == 2
+    assert "no whole checkpoint is left; the stage begins again" in told
+    same(run, whole)
+
+
+def test_a_checkpoint_that_does_not_fit_the_model_is_an_error(
+    recsys: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def stop(folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> Path:
+        checkpoint.save_checkpoint(folder, step, {"other": tensors["loss_sum"]}, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "save_checkpoint", stop)
+        with pytest.raises(SystemExit):
+            recsys(*SMALL, "--out", run)
+    with pytest.raises(SystemExit, match=r"error: .*checkpoints: the checkpoint does not fit this run"):
+        recsys("train", "--resume", run)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"stages": 1, "weights": null, "selections": [], "snapshots": {}}'])
+def test_a_state_of_another_kind_is_an_error(recsys: Command, tmp_path: Path, text: str) -> None:
+    run = tmp_path / "run"
+    recsys(*SMALL, "--out", run)
+    (run / "state.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"error: .*state\.json: (not the state|'stages' is missing or of another)"):
+        recsys("train", "--resume", run)
+
+
+def test_nothing_in_a_run_folder_is_a_pickle(recsys: Command, tmp_path: Path) -> None:
+    stages = (
+        "stages=[{use: fit, name: search, epochs: 1, snapshot_epoch: 1}, {use: rewind, to: search}, {use: reset}, "
+        "{use: fit, name: again, epochs: 1}, {use: prune}, {use: evaluate}, {use: export}]"
+    )
+    recsys(*SMALL, stages, "train.logger=tensorboard", "--out", tmp_path / "stages")
+    recsys(*SMALL, "model.interaction=autoint", "train.optimizer=adagrad", "--out", tmp_path / "autoint")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    for path in files:
+        head = path.read_bytes()[:8]
+        assert not head.startswith((b"PK", b"\x80", b"\x1f\x8b")), f"{path}: a pickle or an archive"
+        assert path.suffix in (".json", ".safetensors", ".parquet", ".csv", ".yaml") or "tfevents" in path.name, path
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, and they in turn."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(word) for word in children.read_text().split()] if children.exists() else []
+    return found + [other for child in found for other in descendants(child)]
+
+
+def running(pids: list[int]) -> list[int]:
+    """Return those that are no zombies."""
+    return [pid for pid in pids if (s := Path(f"/proc/{pid}/stat")).exists() and ") Z" not in s.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "SIGTERM twice"])
+def test_two_processes_that_are_stopped_leave_none_behind_and_go_on_to_the_same_bits(tmp_path: Path, how: str) -> None:
+    """SIGTERM and SIGKILL go to the process that the user started, Ctrl-C to all of them as a terminal sends it."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc")
+    recipe = (*RECIPE, "train.devices=2", "train.accelerator=cpu", "train.save_every=20")
+    command, run, whole = [sys.executable, "-m", "recsys.cli", "train"], tmp_path / "run", tmp_path / "whole"
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen([*command, *recipe, "--out", str(run)], stdout=log, stderr=log, start_new_session=True)
+    while not (run / "1-fit" / "checkpoints" / f"step-{40:010d}").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    family = descendants(process.pid)
+    assert len(family) >= 2
+    if how == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGKILL if how == "SIGKILL" else signal.SIGTERM)
+    if how == "SIGTERM twice":
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+    status = process.wait(timeout=60)
+    assert status == {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9, "SIGTERM twice": 143}[how]
+    until = time.monotonic() + 30
+    while running(family) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running(family), (tmp_path / "log").read_text()
+    log.close()
+    assert not (run / "metrics.json").exists()
+    subprocess.run([*command, "--resume", str(run)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *recipe, "--out", str(whole)], check=True, stdout=subprocess.DEVNULL)
+    for name in PARTS:
+        assert sha256(run / name) == sha256(whole / name), name
