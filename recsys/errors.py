@@ -36,6 +36,10 @@ class RunError(RecsysError):
     """A run folder that is missing, incomplete or does not fit what is asked of it."""
 
 
+class NonFiniteError(RecsysError):
+    """A loss or gradient that is NaN or infinite; training stopped before it could reach the weights."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -39,7 +39,9 @@ def command(
     ] = None,
     allow_drift: Annotated[
         bool,
-        typer.Option("--allow-drift", help="With --resume: go on although versions have changed; never other data."),
+        typer.Option(
+            "--allow-drift", help="With --resume: go on although versions or options have changed; never other data."
+        ),
     ] = False,
     data_root: DataRootOption = None,
     plugin: PluginFiles = None,
@@ -52,15 +54,17 @@ def command(
 
     `recsys train quickstart` needs no data. `recsys train recipes/frappe/dcnv2.yaml train.epochs=2
     model.head.wide=true --out runs/mine` changes options for one run; `train.devices=2` trains on two devices.
-    `recsys train --resume runs/mine` continues a run that was stopped.
+    `recsys train --resume runs/mine` continues a run that was stopped; with `--allow-drift train.learning_rate=1e-4`
+    behind it, it goes on with another learning rate.
     """
     registry = open_registry(plugin, without)
     from recsys.recipe import execute
 
+    changes = [text for text in (recipe, *(overrides or [])) if text is not None]
     if resume is not None:
-        if recipe is not None or overrides or out is not None:
+        if out is not None or not all("=" in text for text in changes):
             raise RecipeError("--resume continues a run with its own recipe and folder; give nothing else beside it")
-        checked, folder = execute.resumed(resume, registry)
+        checked, folder = execute.resumed(resume, registry, changes, allow_drift)
     else:
         checked = _checked(recipe, overrides, registry)
         folder = execute.new_folder(checked, out)
@@ -75,7 +79,9 @@ def command(
     )
     if execute.must_launch(checked):
         source = (
-            ["--resume", str(folder)] if resume is not None else [str(recipe), *(overrides or []), "--out", str(folder)]
+            [*changes, "--resume", str(folder)]
+            if resume is not None
+            else [str(recipe), *(overrides or []), "--out", str(folder)]
         )
         flags = [("--plugin", str(file)) for file in plugin or []] + [("--without", name) for name in without or []]
         flags += [("--data-root", str(data_root))] if data_root is not None else []

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from rich.markup import escape
 from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
 from recsys.data.prepare import Prepared
-from recsys.errors import RecsysError, RunError
+from recsys.errors import RecsysError, RunError, listing
 from recsys.plugin.registry import Registry
+from recsys.recipe import reader
 from recsys.recipe.build import (
     build_run,
     build_source,
@@ -32,15 +33,21 @@ from recsys.recipe.build import (
     read_run,
     write_run,
 )
-from recsys.recipe.check import Recipe
+from recsys.recipe.check import Recipe, check_document
 from recsys.train import distributed
-from recsys.train.checkpoint import alone_in, sweep, write_json
+from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
 from recsys.train.stages import check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
+
+CHANGEABLE = tuple(
+    f"train.{name}"
+    for name in ("learning_rate", "clip_norm", "non_finite", "skip_budget", "epochs", "patience", "save_every")
+)
+"""Options that a resumed run may change; a checkpoint of the others' values would mean something else."""
 
 
 def new_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -65,10 +72,33 @@ def _never_began(folder: Path) -> bool:
     return all(n in ("encoder", "recipe.json") or (n.startswith(".") and n.endswith(".tmp")) for n in names)
 
 
-def resumed(folder: Path, registry: Registry) -> tuple[Recipe, Path]:
-    """Return the recipe of a run that is to go on."""
+def resumed(
+    folder: Path, registry: Registry, changes: Sequence[str] = (), allow_drift: bool = False
+) -> tuple[Recipe, Path]:
+    """Return the recipe of a run that is to go on.
+
+    Args:
+        folder: of the run.
+        registry: of the installed plugins.
+        changes: overrides of options in `CHANGEABLE`.
+        allow_drift: whether the user asked for changes.
+
+    Raises:
+        RunError: a change that was not asked for, or one of an option that the checkpoint depends on.
+    """
     recipe, _ = read_run(folder, registry)
-    return recipe, folder
+    if not changes:
+        return recipe, folder
+    fixed = [text for text in changes if text.split("=")[0].strip() not in CHANGEABLE]
+    if fixed:
+        raise RunError(f"--resume: {listing(fixed)} cannot change within a run; what can: {listing(CHANGEABLE)}")
+    if not allow_drift:
+        raise RunError(f"{folder}: the run was started with other options; --allow-drift changes them all the same")
+    document = recipe.document
+    for text in changes:
+        document = reader.override(document, text)
+    changed = check_document(document, registry, recipe.name, recipe.folder)
+    return replace(changed, data_root=recipe.data_root), folder
 
 
 def must_launch(recipe: Recipe) -> bool:
@@ -147,6 +177,7 @@ class Session:
             sweep(self.folder)
         if self.resume:
             self._refuse_drift(facts, console)
+            self._keep_changes(world, console)
             encoder = Encoder.load(self.folder / "encoder")
         elif world.leads:
             write_run(self.folder, self.recipe, facts, encoder)
@@ -189,6 +220,17 @@ class Session:
             )
         for line in lines:
             console.print(f"[yellow]changed since the run was started: {line}[/yellow]")
+
+    def _keep_changes(self, world: distributed.World, console: Console) -> None:
+        """Write the recipe of a resumed run with the options that the user has changed."""
+        distributed.wait_for_all()  # every process has read the folder
+        now = self.recipe.document.value
+        if world.leads:
+            lines = _differences("", read_json(self.folder / "recipe.json"), now)
+            for line in lines:
+                console.print(f"[yellow]changed since the run was started: {escape(line.lstrip('.'))}[/yellow]")
+            if lines:
+                write_json(self.folder / "recipe.json", now)
 
     def _report(self, run: Run, seconds: float) -> dict[str, Any]:
         result = {

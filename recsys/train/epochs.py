@@ -29,6 +29,9 @@ from recsys.train.terminate import Termination
 ASK_EVERY = 16
 """Steps after which ranks ask each other whether one of them was told to stop; alone, a process knows at once."""
 
+UNSHOWN = ("learning_rate", "train/skipped_steps")
+"""Numbers of an epoch that are recorded but not printed; skipped steps have their own lines."""
+
 
 @dataclass(eq=False)
 class Epochs(Callback):
@@ -56,6 +59,7 @@ class Epochs(Callback):
     without_gain: int = 0
     finished: bool = False
     first_step: int = 0
+    skipped: list[int] = field(default_factory=list)
     termination: Termination = field(default_factory=Termination)
     terminated: bool = False
     _resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
@@ -85,6 +89,7 @@ class Epochs(Callback):
         self.history = state["history"]
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.without_gain, self.finished = state["without_gain"], state["finished"]
+        self.skipped = state.get("skipped", [])
         self.best = _with_prefix(tensors, "best.")
         self.run.model.load_state_dict(_with_prefix(tensors, "model."))
         self._first, self.first_step = len(self.history), state["step"]
@@ -106,6 +111,10 @@ class Epochs(Callback):
             return
         tensors, state = self._resumed
         trainer.optimizers[0].load_state_dict(_optimizer_state(tensors, state["optimizer"]))
+        before = state.get("learning_rate", self.options.learning_rate)
+        if before != self.options.learning_rate:  # changed for the resumed run; what plateaus took off stays off
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] *= self.options.learning_rate / before
         torch.set_rng_state(tensors["rng.cpu"][self.run.world.rank])
         if self.run.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"][self.run.world.rank], self.run.device)
@@ -153,9 +162,13 @@ class Epochs(Callback):
         """Score the epoch and act on it."""
         if self.terminated:
             return  # in the midst of the epoch, which is saved
+        self.task.guard.settle()
         average_buffers(self.run.model)
         epoch = self.first + trainer.current_epoch + 1
-        scores = {"train/loss": self._train_loss(), "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
+        skipped = sum(step // self.steps == epoch - 1 for step in self.skipped)
+        scores = {"train/loss": self._train_loss(skipped), "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
+        if self.options.non_finite == "skip":
+            scores["train/skipped_steps"] = float(skipped)
         scores |= {f"valid/{name}": value for name, value in self._score().items()}
         self.history.append(scores)
         better = self._note(epoch, scores)
@@ -198,8 +211,11 @@ class Epochs(Callback):
         self.progress.remove_task(bar_id)
         return measure(predictions, known)
 
-    def _train_loss(self) -> float:
-        local = (self.task.loss_sum / max(len(self.loader), 1)).reshape(1)
+    def _train_loss(self, skipped: int) -> float:
+        """Return the mean loss of the epoch's steps but the skipped ones, NaN if all were."""
+        if skipped == self.steps:
+            return math.nan
+        local = (self.task.loss_sum / (len(self.loader) - skipped * self.options.accumulate)).reshape(1)
         return float(gather_rows(local).mean())
 
     def _monitored(self, scores: Mapping[str, float]) -> float | None:
@@ -227,11 +243,12 @@ class Epochs(Callback):
         if self.logger is not None:
             self.logger.log_metrics(dict(scores), step=epoch)
             self.logger.save()
-        shown = "  ".join(f"{name} {value:.5f}" for name, value in scores.items() if name != "learning_rate")
+        shown = "  ".join(f"{name} {value:.5f}" for name, value in scores.items() if name not in UNSHOWN)
         self.run.say(f"{self.run.stage} · epoch {epoch}: {shown}{'  *' if better else ''}")
 
     def _save(self, optimizer: torch.optim.Optimizer, epoch: int, step: int) -> None:
         """Save the state after `epoch` whole epochs and `step` steps of the next one."""
+        self.task.guard.settle()
         tensors = {f"model.{name}": t for name, t in self.run.model.state_dict().items()}
         tensors |= {f"best.{name}": t for name, t in self.best.items()}
         state = optimizer.state_dict()
@@ -249,6 +266,8 @@ class Epochs(Callback):
             "best_value": self.best_value,
             "without_gain": self.without_gain,
             "finished": self.finished,
+            "skipped": self.skipped,
+            "learning_rate": self.options.learning_rate,
             "optimizer": state["param_groups"],
         }
         if self.run.world.leads:

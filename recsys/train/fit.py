@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import warnings
+from typing import Any, NoReturn
 
 import lightning
 import torch
@@ -17,8 +18,10 @@ from recsys.data.batches import TrainBatches
 from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.optim import build_optimizer
+from recsys.train import diagnose
 from recsys.train.checkpoint import write_json
 from recsys.train.epochs import Epochs
+from recsys.train.guard import RandomState, StepGuard
 from recsys.train.options import TrainOptions
 from recsys.train.progress import FitProgress, bar
 from recsys.train.run import Run
@@ -86,7 +89,11 @@ def _write_history(run: Run, epochs: Epochs) -> None:
     """Write the stage's epochs, from one process; JSON has no NaN, an undefined metric is null."""
     if run.world.leads:
         history = [{k: None if math.isnan(v) else v for k, v in epoch.items()} for epoch in epochs.history]
-        write_json(run.stage_folder / "history.json", {"epochs": history, "best_epoch": epochs.best_epoch})
+        written: dict[str, Any] = {"epochs": history, "best_epoch": epochs.best_epoch}
+        if epochs.options.non_finite == "skip":
+            places = (divmod(step, epochs.steps) for step in epochs.skipped)
+            written["skipped"] = [{"epoch": epoch + 1, "step": step + 1} for epoch, step in places]
+        write_json(run.stage_folder / "history.json", written)
 
 
 def _monitors(run: Run, options: TrainOptions) -> dict[str, Metric]:
@@ -110,9 +117,11 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         run.model,
         run.loss,
         functools.partial(_optimizer, options=options),
+        _guard(run, options, batches, epochs.skipped),
         total_steps=steps * options.epochs,
         first_step=steps * first + epochs.first_step,
         clip_norm=options.clip_norm,
+        accumulate=options.accumulate,
     )
     with bar(run.console, disable=not run.world.leads) as progress:
         rows = FitProgress(progress, len(run.split("train")), first, options.epochs, run.stage)
@@ -135,6 +144,21 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
     run.model.to(run.device)
     run.rows_trained += len(run.split("train")) * (len(epochs.history) - first)
     run.seconds_training += rows.seconds
+
+
+def _guard(run: Run, options: TrainOptions, batches: TrainBatches, skipped: list[int]) -> StepGuard:
+    def tell(step: int) -> None:
+        epoch, inside = divmod(step, batches.steps)
+        run.say(
+            f"[yellow]{run.stage} · epoch {epoch + 1}, step {inside + 1} of {batches.steps}: the loss or a gradient "
+            f"is not finite; the step is skipped ({len(skipped)} of at most {options.skip_budget})[/yellow]"
+        )
+
+    def stop(step: int, random: RandomState) -> NoReturn:
+        diagnose.stop(run, batches, step, random, skipped)
+
+    allowed = options.skip_budget if options.non_finite == "skip" else 0
+    return StepGuard(run.device, allowed, tell, stop, skipped)
 
 
 def _optimizer(model: Model, options: TrainOptions) -> torch.optim.Optimizer:

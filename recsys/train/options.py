@@ -22,6 +22,12 @@ class TrainOptions(BaseModel):
     embedding_l2: float = Field(0.0, ge=0, description="λ of (λ/2)·||E||² over the whole table, every step")
     network_l2: float = Field(0.0, ge=0, description="the same for all other weights")
     clip_norm: float = Field(10.0, ge=0, description="largest norm of the whole gradient; 0 does not clip")
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="at a loss or gradient that is NaN or infinite: stop before the update, or skip the step"
+    )
+    skip_budget: int = Field(
+        10, ge=1, description="steps of a stage that may be skipped with `non_finite: skip`; one more stops"
+    )
     accumulate: int = Field(1, ge=1, description="micro-batches that a step is divided into, to save memory")
     save_every: int = Field(
         1000, ge=0, description="steps between checkpoints within an epoch; 0 saves at the end of epochs only"

@@ -11,6 +11,7 @@ from torch import Tensor
 from recsys.contracts import Batch, Loss
 from recsys.data.batches import TrainBatches
 from recsys.nn.model import Model
+from recsys.train.guard import Buffers, StepGuard
 
 
 class Task(lightning.LightningModule):
@@ -20,9 +21,11 @@ class Task(lightning.LightningModule):
         model: what is trained.
         loss: mean loss of a batch.
         optimizer: makes the optimizer of a model.
+        guard: keeps steps that are not finite away from the model.
         total_steps: optimizer steps of the whole stage, for selectors that follow a schedule.
         first_step: steps that were done before, when the stage was resumed.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
+        accumulate: micro-batches per optimizer step.
     """
 
     def __init__(
@@ -30,9 +33,11 @@ class Task(lightning.LightningModule):
         model: Model,
         loss: Loss,
         optimizer: Callable[[Model], torch.optim.Optimizer],
+        guard: StepGuard,
         total_steps: int,
         first_step: int = 0,
         clip_norm: float = 0.0,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -41,12 +46,32 @@ class Task(lightning.LightningModule):
         self._total_steps = max(total_steps, 1)
         self._first_step = first_step
         self._clip_norm = clip_norm
+        self._accumulate = accumulate
+        self.guard = guard
+        self._kept = Buffers(self)
+        self._masks = False
         # No buffer: those are overwritten by the first rank's before every forward pass.
-        self.loss_sum = torch.zeros(())
+        self.loss_sum = self._loss_before = torch.zeros(())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the stage's optimizer."""
-        return self._optimizer(self.model)
+        """Return the stage's optimizer; a fused one reads from `guard.masked` whether to make its update."""
+        optimizer = self._optimizer(self.model)
+        self._masks = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        if self._masks:
+            optimizer.found_inf = self.guard.masked  # type: ignore[attr-defined]
+        return optimizer
+
+    @property
+    def step(self) -> int:
+        """Number of the optimizer step in hand, from 0 in the stage."""
+        return self._first_step + self.global_step
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Keep what a step changes besides the weights, in case that it is skipped."""
+        if batch_idx % self._accumulate == 0:
+            self.guard.begin(self.step)
+            self._kept.remember()
+            self._loss_before = self.loss_sum
 
     def configure_gradient_clipping(
         self,
@@ -54,13 +79,29 @@ class Task(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of the whole gradient; Lightning's own way refuses fused optimizers under autocast."""
+        """Clip by the norm of the whole gradient, and keep what is not finite away from the model.
+
+        Lightning's own way of clipping refuses fused optimizers under autocast.
+
+        Raises:
+            NonFiniteError: the guard has learned of a step that stops.
+        """
         if self._clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), self._clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self._clip_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        masked = self.guard.judge(self.step, norm, self.loss_sum)
+        self.loss_sum = torch.where(masked, self._loss_before, self.loss_sum)
+        self._kept.restore_where(masked)
+        self.guard.look(self.step)
+        if not self._masks and bool(masked):
+            # An optimizer without a mask leaves alone what has no gradient: neither decay, nor moments, nor counts.
+            for parameter in self.parameters():
+                parameter.grad = None
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return this batch's part of the step's mean loss, `[]`."""
-        self.model.selector.anneal((self._first_step + self.global_step) / self._total_steps)
+        self.model.selector.anneal(self.step / self._total_steps)
         loss = self.loss(self.model(batch), batch) + self.model.penalty()
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
         return loss * batch.share
