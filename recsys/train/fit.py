@@ -71,6 +71,7 @@ class Fit:
             rank=run.world.rank,
             ranks=run.world.size,
             accumulate=options.accumulate,
+            shuffle_memory=options.shuffle_memory,
         )
         epochs = Epochs(self.name, self.snapshot_epoch, run, options, _monitors(run, options), batches.steps)
         if self.snapshot_epoch == 0:
@@ -129,7 +130,7 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         trainer = _trainer(run, options, [rows, epochs], max_epochs=options.epochs - first)
         deterministic = torch.are_deterministic_algorithms_enabled()
         with warnings.catch_warnings():
-            # Lightning suggests DataLoader workers; rows come from memory maps and need none.
+            # Lightning suggests DataLoader workers; rows come in whole batches and need none.
             warnings.filterwarnings("ignore", module="lightning")
             try:
                 trainer.fit(task, train_dataloaders=epochs.loader)

@@ -29,6 +29,12 @@ class TrainOptions(BaseModel):
         10, ge=1, description="steps of a stage that may be skipped with `non_finite: skip`; one more stops"
     )
     accumulate: int = Field(1, ge=1, description="micro-batches that a step is divided into, to save memory")
+    shuffle_memory: float = Field(
+        512,
+        ge=0,
+        description="MiB of encoded rows that each process holds to shuffle them; larger data is shuffled in windows "
+        "that are read from disk; 0 shuffles all of it as one",
+    )
     save_every: int = Field(
         1000, ge=0, description="steps between checkpoints within an epoch; 0 saves at the end of epochs only"
     )
