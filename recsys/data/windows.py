@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from collections.abc import Sequence
@@ -36,8 +37,17 @@ class Space:
         """Return `[size]` bytes; what they held before is lost."""
         if what not in self._held or len(self._held[what]) < size:
             self._held.pop(what, None)
-            self._held[what] = np.empty(size + size // 16, np.uint8)  # what is never touched takes no memory
+            self._held[what] = _map(size + size // 16 + 1)  # what is never touched takes no memory
         return self._held[what][:size]
+
+
+def _map(size: int) -> Bytes:
+    """Return `[size]` bytes straight from the system, which go back to it whatever the allocator keeps for itself."""
+    if sys.platform != "linux":
+        return np.empty(size, np.uint8)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)  # as numpy does: rows are picked from all over it
+    return np.frombuffer(pages, np.uint8)
 
 
 class RowFiles:
