@@ -115,9 +115,10 @@ class Epochs(Callback):
         if before != self.options.learning_rate:  # changed for the resumed run; what plateaus took off stays off
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] *= self.options.learning_rate / before
-        torch.set_rng_state(tensors["rng.cpu"][self.run.world.rank])
+        # Copies: torch refuses the view of a second rank's state in a larger tensor ("Invalid mt19937 state").
+        torch.set_rng_state(tensors["rng.cpu"][self.run.world.rank].clone())
         if self.run.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"][self.run.world.rank], self.run.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][self.run.world.rank].clone(), self.run.device)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Choose the epoch's order of rows."""
