@@ -1,8 +1,8 @@
-"""Rows in blocks of bounded size: raw ones out of a lazy frame, and encoded ones as columns of numbers."""
+"""Encoded rows in blocks, as columns of numbers; and list columns, flattened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from recsys.data.formats import naming
-from recsys.data.values import Where
 from recsys.errors import DataError
 
 
@@ -42,30 +40,6 @@ class EncodedColumns:
     history: Mapping[str, Ragged]
     label: Mapping[str, npt.NDArray[np.uint8]]
     context: Mapping[str, npt.NDArray[Any]]
-
-
-def blocks(logs: pl.LazyFrame, columns: Sequence[str], rows: int, what: str) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Yield (number of the first row, block) in the order of the logs, reading ahead a bounded amount.
-
-    Args:
-        logs: raw rows.
-        columns: the columns to read.
-        rows: rows per block, about.
-        what: how errors call the logs.
-    """
-    at = 0
-    with naming(what):
-        # In the order of the files: after a projection that reorders columns, Polars reads ahead without limit.
-        ordered = [c for c in logs.collect_schema().names() if c in set(columns)]
-        batches = iter(logs.select(ordered).collect_batches(chunk_size=rows, maintain_order=True, engine="streaming"))
-    while True:
-        with naming(what):
-            block = next(batches, None)
-        if block is None:
-            return
-        if not block.is_empty():
-            yield at, block
-            at += block.height
 
 
 def is_list(dtype: pl.DataType) -> bool:
@@ -107,20 +81,3 @@ def flatten(values: pl.Series, separator: str, max_length: int) -> tuple[pl.Seri
         lists = lists.list.tail(max_length)
     some = lists.filter(pl.Series(length > 0))
     return some.explode(), np.minimum(length, max_length), cut
-
-
-def check_lengths(block: pl.DataFrame, columns: Sequence[str], separator: str, where: Where) -> None:
-    """Refuse rows in which the columns of one sequence group have different numbers of events.
-
-    Raises:
-        DataError: naming the first such row.
-    """
-    lengths = [as_lists(pl.col(c), block.schema[c], separator).list.len().fill_null(0) for c in columns]
-    for name, length in zip(columns[1:], lengths[1:], strict=True):
-        wrong = length != lengths[0]
-        bad = block.select(a=lengths[0], b=length).filter(pl.col("a") != pl.col("b")).head(1)
-        if not bad.is_empty():
-            raise DataError(
-                f"{where(wrong)}: {bad['a'][0]} events in {columns[0]!r} but {bad['b'][0]} in {name!r}; "
-                "the columns of a sequence must have one value per event each"
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,14 @@ import polars as pl
 
 from recsys.contracts import UNKNOWN_ID, EncodedSchema, Field, History
 from recsys.data import encoder_files
-from recsys.data.blocks import EncodedColumns, Ragged, blocks, check_lengths, flatten
-from recsys.data.fit import Learned, learn
+from recsys.data.blocks import EncodedColumns, Ragged, flatten
+from recsys.data.fit import learn
 from recsys.data.numeric import NumericSpec
+from recsys.data.reading import RawRows, rows_of
 from recsys.data.report import SplitReport
+from recsys.data.rules import Screen
 from recsys.data.schema import Categorical, DataConfig
-from recsys.data.values import Where, comparable, context, labels, numbers, where_in, with_nulls
+from recsys.data.values import comparable, context, labels, numbers, with_nulls
 from recsys.data.vocabulary import Ids, Lookup
 from recsys.errors import DataError, did_you_mean, listing
 
@@ -38,23 +40,23 @@ class Encoder:
 
     @classmethod
     def fit(
-        cls, logs: pl.LazyFrame, config: DataConfig, *, where: Where | None = None, what: str = "the train split"
+        cls, logs: RawRows | pl.LazyFrame, config: DataConfig, *, progress: Callable[[int], None] | None = None
     ) -> Encoder:
         """Learn from the train split, in one pass.
 
-        Memory: a block of `config.batch_rows`, the vocabularies, and what Polars reads ahead, which levels off.
+        Memory: a block of `config.batch_rows` rows, and the vocabularies.
 
         Args:
             logs: raw rows of the train split.
             config: the recipe's data block.
-            where: names the file and row of a bad value; by default its row number only.
-            what: how errors call the logs.
+            progress: called with the number of raw rows read so far.
 
         Raises:
-            DataError: a column is missing, all null, or of an unusable type; a label is not 0 or 1, or all are equal.
+            DataError: a column is missing, all null, or of an unusable type; a row breaks a rule; all labels are equal.
         """
-        require(logs, config.columns(), what)
-        learned: Learned = learn(logs, config, where or where_in(logs), what)
+        rows = rows_of(logs, "the train split") if isinstance(logs, pl.LazyFrame) else logs
+        require(rows, config.columns())
+        learned = learn(rows, config, progress)
         return cls(config, learned.lookups, learned.numerics)
 
     @cached_property
@@ -85,31 +87,34 @@ class Encoder:
         return self.lookups[self.owner(field)]
 
     def transform(
-        self,
-        logs: pl.LazyFrame,
-        *,
-        labels: bool = True,
-        report: SplitReport | None = None,
-        where: Where | None = None,
-        what: str = "the logs",
+        self, logs: RawRows | pl.LazyFrame, *, labels: bool = True, report: SplitReport | None = None
     ) -> Iterator[EncodedColumns]:
         """Yield encoded blocks in the order of the logs.
 
         Args:
             logs: raw rows with the columns of the recipe; others are ignored.
-            labels: whether to read labels and context columns too; not when predicting.
+            labels: whether to read labels and context columns too; not when predicting, where every row stays.
             report: counts of missing, unknown, non-finite and cut values are added to it.
-            where: names the file and row of a bad value; by default its row number only.
-            what: how errors call the logs.
 
         Raises:
-            DataError: a column is missing or of an unusable type, a number or a label cannot be read.
+            DataError: a column is missing or of an unusable type; a row breaks a rule.
         """
-        needed = self.config.columns(labels=labels)
-        require(logs, needed, what)
-        worker = _Block(self, where or where_in(logs), SplitReport() if report is None else report, labels)
-        for _, block in blocks(logs, needed, self.config.batch_rows, what):
-            yield worker.encode(block)
+        rows = rows_of(logs, "the logs") if isinstance(logs, pl.LazyFrame) else logs
+        columns = self.config.columns(labels=labels)
+        require(rows, columns)
+        screen = Screen.of(self.config, rows.schema, rows.what, labelled=labels)
+        counts = SplitReport() if report is None else report
+        for block in rows.blocks(columns, self.config.batch_rows):
+            clean = screen.clean(block)
+            if not clean.is_empty():
+                yield self.encode(clean, counts, labelled=labels)
+        if screen.quarantine is not None:
+            screen.quarantine.check()
+            counts.aside += screen.quarantine.rows
+
+    def encode(self, block: pl.DataFrame, report: SplitReport, *, labelled: bool = True) -> EncodedColumns:
+        """Return a block of raw rows that keep the rules, encoded; counts are added to the report."""
+        return _Block(self, report, labelled).encode(block)
 
     def save(self, folder: Path) -> None:
         """Write `encoder.json` and `vocabulary/*.parquet`, with a sha256 of each vocabulary in the JSON."""
@@ -125,12 +130,14 @@ class Encoder:
         return cls(*encoder_files.read(folder))
 
 
-def require(logs: pl.LazyFrame, columns: tuple[str, ...], what: str) -> None:
+def require(logs: RawRows, columns: tuple[str, ...]) -> None:
     """Raise a `DataError` with the nearest name when the logs lack one of `columns`."""
-    known = logs.collect_schema().names()
+    known = logs.schema.names()
     for column in columns:
         if column not in known:
-            raise DataError(f"{what}: no column {column!r}.{did_you_mean(column, known)} Columns: {listing(known)}")
+            raise DataError(
+                f"{logs.what}: no column {column!r}.{did_you_mean(column, known)} Columns: {listing(known)}"
+            )
 
 
 @dataclass
@@ -138,7 +145,6 @@ class _Block:
     """Encodes block after block, adding to the report."""
 
     encoder: Encoder
-    where: Where
     report: SplitReport
     labelled: bool
 
@@ -148,8 +154,8 @@ class _Block:
         ids = {name: self._ids(name, name, block[name]) for name in config.categorical}
         values = {}
         for name, spec in self.encoder.numerics.items():
-            read = numbers(block[name], config.numeric[name].null_values, self.where)
-            self.report.column(name).add(null=read.nulls, non_finite=read.non_finite)
+            read = numbers(block[name], config.numeric[name].null_values)
+            self.report.column(name).add(null=read.nulls, unreadable=read.unreadable, non_finite=read.non_finite)
             if spec.transform == "quantile":
                 ids[name] = spec.bucket_ids(read.value)
             else:
@@ -159,10 +165,10 @@ class _Block:
         label, beside = {}, {}
         if self.labelled:
             for task, rule in config.label.items():
-                label[task] = labels(block[rule.column], rule, self.where)
+                label[task] = labels(block[rule.column], rule)
                 positives = self.report.positives
                 positives[task] = positives.get(task, 0) + int(label[task].sum())
-            beside = {str(n): context(n, block[c], self.where) for n, c in config.context.items()}
+            beside = {str(n): context(n, block[c]) for n, c in config.context.items()}
         return EncodedColumns(block.height, ids, values, history, label, beside)
 
     def _ids(self, field: str, column: str, raw: pl.Series) -> Ids:
@@ -173,7 +179,7 @@ class _Block:
         if marked.dtype.is_float():
             marked = marked.fill_nan(None)
         present = marked.is_not_null().to_numpy()
-        ids = lookup.ids(comparable(marked, lookup.kind, self.where), present)
+        ids = lookup.ids(comparable(marked, lookup.kind), present)
         missing = len(present) - int(present.sum())
         self.report.column(column).add(null=missing, unknown=int((ids == UNKNOWN_ID).sum()))
         return ids
@@ -186,8 +192,6 @@ class _Block:
 
     def _events(self, group: str, block: pl.DataFrame) -> Ragged:
         sequence = self.encoder.config.sequences[group]
-        columns = list(sequence.columns.values())
-        check_lengths(block, columns, sequence.separator, self.where)
         parts = []
         for target, column in sequence.columns.items():
             flat, length, cut = flatten(block[column], sequence.separator, sequence.max_length)

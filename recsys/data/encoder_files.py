@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import polars as pl
 from pydantic import ValidationError
 
+from recsys.data.digest import sha256_of
 from recsys.data.numeric import NumericSpec
 from recsys.data.schema import DataConfig
 from recsys.data.values import STORED
@@ -22,12 +22,6 @@ from recsys.errors import DataError
 VERSION = 1
 """Raised when the same raw rows would be encoded differently, or the files are laid out differently."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(folder: Path, config: DataConfig, lookups: Mapping[str, Lookup], numerics: Mapping[str, NumericSpec]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import polars as pl
 
-from recsys.data.blocks import blocks, event_type, flatten, is_list
+from recsys.data.blocks import event_type, flatten
 from recsys.data.numeric import NumericFit, NumericSpec
+from recsys.data.reading import RawRows
+from recsys.data.rules import Screen
 from recsys.data.schema import DataConfig
-from recsys.data.values import Kind, Where, comparable, kind_of, labels, numbers, with_nulls
+from recsys.data.values import Kind, comparable, kind_of, labels, numbers, with_nulls
 from recsys.data.vocabulary import Buckets, Counts, Lookup, Vocabulary, lookup_kind
 from recsys.errors import DataError
 
@@ -56,40 +58,49 @@ def _kind(use: Use, schema: pl.Schema) -> Kind:
     dtype = schema[use.column]
     if use.separator is not None:
         return kind_of(use.column, event_type(use.column, dtype))
-    if is_list(dtype):
-        raise DataError(f"column {use.column!r} is {dtype}; list it under multi_valued or sequences")
     return kind_of(use.column, dtype)
 
 
-def learn(logs: pl.LazyFrame, config: DataConfig, where: Where, what: str) -> Learned:
-    """Read the train split once.
+def learn(logs: RawRows, config: DataConfig, progress: Callable[[int], None] | None = None) -> Learned:
+    """Read the train split once; rows that the recipe's rules set aside are not learned from.
+
+    Args:
+        logs: raw rows.
+        config: the recipe's data block.
+        progress: called with the number of raw rows of the source read so far.
 
     Raises:
-        DataError: no rows, an all-null column, a label that is not 0 or 1, or a task with one class only.
+        DataError: no rows, an all-null column, a row that breaks a rule, or a task with one class only.
     """
-    schema = logs.collect_schema()
+    screen = Screen.of(config, logs.schema, logs.what)
     by_owner = uses(config)
+    schema = logs.schema
     kinds = {owner: lookup_kind([_kind(use, schema) for use in users]) for owner, users in by_owner.items()}
     counts = {owner: Counts(kinds[owner]) for owner in by_owner if config.options(owner).hash_buckets is None}
     fits = {name: NumericFit(options) for name, options in config.numeric.items()}
     present = dict.fromkeys([u.column for users in by_owner.values() for u in users], 0)
     positives = dict.fromkeys(config.label, 0)
     rows = 0
-    for first_row, block in blocks(logs, config.columns(), config.batch_rows, what):
+    for raw in logs.blocks(config.columns(), config.batch_rows):
+        block = screen.clean(raw)
         for owner, use, values in _values(config, by_owner, block):
-            ready = comparable(values, kinds[owner], where)
+            ready = comparable(values, kinds[owner])
             present[use.column] += len(ready) - ready.null_count()
             if owner in counts:
                 counts[owner].add(ready)
         for name, options in config.numeric.items():
-            fits[name].add(numbers(block[name], options.null_values, where).value, first_row)
+            fits[name].add(numbers(block[name], options.null_values).value, rows)
         for task, rule in config.label.items():
-            positives[task] += int(labels(block[rule.column], rule, where).sum())
+            positives[task] += int(labels(block[rule.column], rule).sum())
         rows += block.height
+        if progress is not None:
+            progress(raw.end)
+    if screen.quarantine is not None:
+        screen.quarantine.check()
     if not rows:
-        raise DataError(f"0 rows in {what}")
+        raise DataError(f"0 rows in {logs.what}")
     present |= {name: fit.count for name, fit in fits.items()}
-    _check(config, present, positives, rows, what)
+    _check(config, present, positives, rows, logs.what)
     lookups: dict[str, Lookup] = {}
     for owner in by_owner:
         own = config.options(owner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
+from recsys.data.text import header
 from recsys.errors import DataError, did_you_mean, listing
 
 Format = Literal["parquet", "csv", "tsv", "ndjson", "ipc"]
@@ -26,8 +26,6 @@ SUFFIXES: Mapping[str, Format] = {
     ".feather": "ipc",
     ".ipc": "ipc",
 }
-_SEPARATORS = (";", "\t", "|", ",")
-_HEADER_BYTES = 1 << 20
 
 
 def is_remote(path: str) -> bool:
@@ -73,7 +71,7 @@ def scan_file(path: str, kind: Format, separator: str | None, hive: bool) -> pl.
             raise DataError(f"0 rows in {path}: the file is empty (0 bytes)")
     separator = separator or ("\t" if kind == "tsv" else ",")
     if kind in ("csv", "tsv") and not is_remote(path):
-        check_header(path, separator)
+        header(path, separator)
     with naming(path):
         if kind == "parquet":
             frame = pl.scan_parquet(path, hive_partitioning=False)
@@ -84,34 +82,14 @@ def scan_file(path: str, kind: Format, separator: str | None, hive: bool) -> pl.
         else:
             frame = pl.scan_csv(path, separator=separator, infer_schema=False)
         known = frame.collect_schema()
-    folders = _folder_columns(path) if hive else {}
+    folders = folder_columns(path) if hive else {}
     return frame.with_columns(pl.lit(v).alias(c) for c, v in folders.items() if c not in known)
 
 
-def _folder_columns(path: str) -> dict[str, str | int]:
+def folder_columns(path: str) -> dict[str, str | int]:
     """Read `…/day=3/part.parquet` as `{day: 3}`."""
     pairs = (part.split("=", 1) for part in path.split("/")[:-1] if "=" in part)
     return {name: int(value) if value.isdecimal() else value for name, value in pairs}
-
-
-def check_header(path: str, separator: str) -> None:
-    """Refuse a header with one column where another separator would give more, or with repeated names.
-
-    Raises:
-        DataError: naming the file, and both positions of a repeated name.
-    """
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        line = file.readline(_HEADER_BYTES)
-    names = next(csv.reader([line], delimiter=separator), [])
-    better = [s for s in _SEPARATORS if s != separator and s in line]
-    if len(names) <= 1 and better:
-        near = max(better, key=line.count)
-        raise DataError(f"{path}: 1 column found with separator {separator!r}, did you mean separator {near!r}?")
-    positions: dict[str, int] = {}
-    for position, name in enumerate(names, start=1):
-        if name in positions:
-            raise DataError(f"{path}: column {name!r} appears twice, at positions {positions[name]} and {position}")
-        positions[name] = position
 
 
 def check_lines(path: str, separator: str) -> None:

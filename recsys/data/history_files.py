@@ -29,7 +29,7 @@ from recsys.data.history import (
     users_of,
 )
 from recsys.data.schema import DataConfig
-from recsys.data.shards import sync_folder
+from recsys.data.shard_files import sync_folder
 from recsys.data.sources import Files, MissingSplit
 from recsys.data.split import SPLITS, as_time
 from recsys.data.values import kind_of, with_nulls
@@ -267,7 +267,8 @@ class _Log:
         column, dtype = self._spec.time, self._types[self._spec.time]
         if dtype == pl.String:
             try:
-                read = as_time(together, column)
+                texts = together.select(pl.col(column).drop_nulls().unique()).collect(engine="streaming")
+                read = as_time(column, dtype, texts[column])
             except DataError as error:
                 raise DataError(str(error).replace("split:", "--time:", 1)) from None
             number = together.select(read).collect_schema()[column].is_numeric()

@@ -15,29 +15,38 @@ class ColumnCounts:
 
     null: int = 0
     unknown: int = 0
+    unreadable: int = 0
     non_finite: int = 0
     cut: int = 0
 
-    def add(self, *, null: int = 0, unknown: int = 0, non_finite: int = 0, cut: int = 0) -> None:
+    def add(self, *, null: int = 0, unknown: int = 0, unreadable: int = 0, non_finite: int = 0, cut: int = 0) -> None:
         """Add the counts of a block."""
         self.null += null
         self.unknown += unknown
+        self.unreadable += unreadable
         self.non_finite += non_finite
         self.cut += cut
 
 
 @dataclass
 class SplitReport:
-    """Counts of one split: rows, positives per task, and per column."""
+    """Counts of one split: rows, those set aside beside them, positives per task, and per column."""
 
     rows: int = 0
+    aside: int = 0
     positives: dict[str, int] = field(default_factory=dict)
     columns: dict[str, ColumnCounts] = field(default_factory=dict)
 
     def remark(self) -> str:
         """Return the counts of all columns in a few words, such as `12 unknown values in 2 columns`; or nothing."""
-        kinds = {"missing": "null", "unknown": "unknown", "not finite": "non_finite", "cut": "cut"}
-        parts = []
+        kinds = {
+            "missing": "null",
+            "unknown": "unknown",
+            "unreadable": "unreadable",
+            "not finite": "non_finite",
+            "cut": "cut",
+        }
+        parts = [f"{self.aside:,} {'row' if self.aside == 1 else 'rows'} set aside"] if self.aside else []
         for word, kind in kinds.items():
             counts = {name: n for name, column in self.columns.items() if (n := getattr(column, kind))}
             if counts:
@@ -46,6 +55,12 @@ class SplitReport:
                 where = f"column {next(iter(counts))!r}" if len(counts) == 1 else f"{len(counts)} columns"
                 parts.append(f"{total:,} {what}{' cut' if word == 'cut' else ''} in {where}")
         return ", ".join(parts)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> SplitReport:
+        """Read what `dataclasses.asdict` gave."""
+        columns = {name: ColumnCounts(**counts) for name, counts in value["columns"].items()}
+        return cls(value["rows"], value["aside"], value["positives"], columns)
 
     def column(self, name: str) -> ColumnCounts:
         """Return the counts of a column, started at zero."""
@@ -62,12 +77,12 @@ class EncodeReport:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return header and rows (split, column, counts with their share of the rows); columns without are left out."""
-        header = ("split", "column", "missing", "unknown", "not finite", "cut")
+        header = ("split", "column", "missing", "unknown", "unreadable", "not finite", "cut")
         rows = [
-            (split, name, *(_share(n, counts.rows) for n in (c.null, c.unknown, c.non_finite, c.cut)))
+            (split, name, *(_share(n, counts.rows) for n in (c.null, c.unknown, c.unreadable, c.non_finite, c.cut)))
             for split, counts in self.splits.items()
             for name, c in counts.columns.items()
-            if c.null or c.unknown or c.non_finite or c.cut
+            if c.null or c.unknown or c.unreadable or c.non_finite or c.cut
         ]
         return header, rows
 
@@ -85,7 +100,7 @@ class EncodeReport:
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
     def remarks(self) -> list[str]:
-        """Return one line for each split in which values were missing, unknown, not finite or cut."""
+        """Return one line for each split in which something was set aside, missing, unknown, unreadable or cut."""
         return [f"{name}: {text}" for name, counts in self.splits.items() if (text := counts.remark())]
 
     def to_json(self) -> dict[str, Any]:
@@ -95,10 +110,7 @@ class EncodeReport:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> EncodeReport:
         """Read what `to_json` gave."""
-        splits = {
-            name: SplitReport(s["rows"], s["positives"], {c: ColumnCounts(**n) for c, n in s["columns"].items()})
-            for name, s in value["splits"].items()
-        }
+        splits = {name: SplitReport.from_json(s) for name, s in value["splits"].items()}
         return cls(splits, list(value["warnings"]), tuple(value["ignored"]))
 
 

@@ -175,6 +175,41 @@ def _as_labels(value: Any) -> Any:
     return value
 
 
+class BadRows(_Strict):
+    """What is done with a row that breaks a rule, for each rule.
+
+    `error` stops and names file, row, column and value; `quarantine` sets the row aside, with its address, in
+    `quarantine.parquet`; `map` counts the value and takes it for missing. When scoring, no row is ever set aside:
+    numbers that are not finite are mapped, everything else is an error.
+    """
+
+    fields: Literal["error", "quarantine"] = Field(
+        default="quarantine", description="a line of a text file with too few or too many fields, or a repeated header"
+    )
+    encoding: Literal["error", "quarantine"] = Field(
+        default="quarantine", description="a line of a text file that is not UTF-8, or has a NUL character"
+    )
+    non_finite: Literal["error", "quarantine", "map"] = Field(
+        default="quarantine", description="NaN, infinite, or too large for float32, in a numeric column"
+    )
+    number: Literal["error", "quarantine", "map"] = Field(
+        default="error", description="a text in a numeric column that is no number and no declared null value"
+    )
+    whole: Literal["error", "quarantine"] = Field(
+        default="error", description="a number in a categorical column that is not whole, or too large to be exact"
+    )
+    label: Literal["error", "quarantine"] = Field(
+        default="error", description="a label that is null, or not 0 or 1 where no rule makes it so"
+    )
+    context: Literal["error", "quarantine"] = Field(
+        default="error", description="a null or impossible weight, propensity, position, time or group"
+    )
+    events: Literal["error", "quarantine"] = Field(
+        default="error", description="columns of a sequence with different numbers of events"
+    )
+    budget: float = Field(default=0.001, ge=0, le=1, description="largest share of rows set aside; more is an error")
+
+
 class DataConfig(_Strict):
     """Everything that turns raw logs into encoded rows."""
 
@@ -196,7 +231,8 @@ class DataConfig(_Strict):
     )
     sequences: dict[str, SequenceGroup] = Field(default={}, description="groups of past events")
     context: dict[ContextName, str] = Field(default={}, description="columns for losses and metrics, never features")
-    batch_rows: int = Field(default=131_072, ge=1, description="rows encoded at once; Polars reads ahead besides")
+    bad_rows: BadRows = Field(default=BadRows(), description="what is done with rows that break a rule")
+    batch_rows: int = Field(default=131_072, ge=1, description="rows read and encoded at once; bounds the memory")
     shard_rows: int = Field(default=4_194_304, ge=1, description="rows per encoded file")
 
     @model_validator(mode="after")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,23 @@ import polars as pl
 
 from recsys.contracts import Batch, EncodedSchema, Field, History
 from recsys.data.blocks import EncodedColumns
+from recsys.data.digest import sha256_of
 from recsys.data.encode import Encoder
-from recsys.data.encoder_files import sha256_of
 from recsys.data.layout import Layout
 from recsys.data.pieces import Events, Piece, Rows, gather
+from recsys.data.reading import RawRows
 from recsys.data.report import SplitReport
-from recsys.data.shard_files import MANIFEST, VERSION, Part, ShardWriter, event_type
-from recsys.data.values import Where
+from recsys.data.shard_files import MANIFEST, VERSION, Part, ShardWriter, event_type, sync_folder, write_manifest
 from recsys.data.windows import RowFiles, Space
 from recsys.errors import DataError
 
 
 def write_shards(
     encoder: Encoder,
-    logs: pl.LazyFrame,
+    logs: RawRows | pl.LazyFrame,
     folder: Path,
     *,
     report: SplitReport | None = None,
-    where: Where | None = None,
-    what: str = "the logs",
     progress: Callable[[int], None] | None = None,
 ) -> Shards:
     """Encode raw rows, labels and context included, and write them under `folder`.
@@ -45,22 +41,18 @@ def write_shards(
         logs: raw rows.
         folder: must not exist yet; it appears only when it is complete.
         report: counts of missing, unknown, non-finite and cut values are added to it.
-        where: names the file and row of a bad value; by default its row number only.
-        what: how errors call the logs.
         progress: called with the number of rows written so far.
 
     Raises:
-        DataError: no rows, values that cannot be encoded, or the folder exists.
+        DataError: no rows, rows that break a rule, or the folder exists.
     """
     counts = SplitReport() if report is None else report
 
     def told() -> Iterator[EncodedColumns]:
-        for block in encoder.transform(logs, report=counts, where=where, what=what):
+        for block in encoder.transform(logs, report=counts):
             yield block
             if progress is not None:
                 progress(counts.rows)
-        if not counts.rows:
-            raise DataError(f"0 rows in {what}")
 
     return write_blocks(encoder.schema, told(), folder, shard_rows=encoder.config.shard_rows)
 
@@ -91,26 +83,12 @@ def write_blocks(
         parts = writer.close()
         if not parts:
             raise DataError(f"0 rows to write to {folder}")
-        manifest = {"version": VERSION, "schema": asdict(schema), "parts": [asdict(p) for p in parts]}
-        with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
+        write_manifest(temporary, schema, parts)
         temporary.rename(folder)
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Shards.open(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Shards:

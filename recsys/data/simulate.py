@@ -17,8 +17,8 @@ from recsys.data.simulate_config import VERSION, Preset, WorldConfig, config_dig
 from recsys.data.simulate_random import Region
 from recsys.data.simulate_truth import auc
 from recsys.data.simulate_world import World
-from recsys.data.sources import DataRoot
-from recsys.errors import DataError, RecipeError, did_you_mean, listing
+from recsys.data.sources import DataRoot, MissingSplit
+from recsys.errors import RecipeError, did_you_mean, listing
 
 SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0), "uniform": (0.9, 1.0)}
 """Split → share of the log's rows, in time order; `uniform` draws the test rows again and shows all of them."""
@@ -106,7 +106,7 @@ class Simulated:
 
     def _span(self, split: str) -> tuple[int, int, Region]:
         if split not in SPLITS:
-            raise DataError(
+            raise MissingSplit(
                 f"simulated logs: no split '{split}'.{did_you_mean(split, SPLITS)} There are: {listing(SPLITS)}"
             )
         first, last = SPLITS[split]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,12 +12,16 @@ from typing import Protocol, runtime_checkable
 import polars as pl
 from typing_extensions import TypedDict  # typing.TypedDict is no type for pydantic before Python 3.12
 
-from recsys.data.formats import Format, check_lines, format_of, is_remote, naming, scan_file
+from recsys.data.digest import sha256_of
+from recsys.data.formats import Format, check_lines, folder_columns, format_of, is_remote, naming, scan_file
+from recsys.data.quarantine import ROW
+from recsys.data.reading import RawBlock, file_pieces
 from recsys.data.schema import DatasetNote
 from recsys.errors import DataError, did_you_mean, listing
 
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
 _GLOB = ("*", "?", "[")
-_ROW = "__row"
 
 
 class MissingSplit(DataError):
@@ -26,36 +29,12 @@ class MissingSplit(DataError):
 
 
 @runtime_checkable
-class Traceable(Protocol):
-    """A source that can say where a row came from. Sources need not; errors are then less precise."""
-
-    def where(self, split: str, wrong: pl.Expr) -> str | None:
-        """Return "file, row N" of the first row for which `wrong` holds."""
-        ...
+class Requiring(Protocol):
+    """A source that knows which of its files lacks a column. Sources need not; errors are then less precise."""
 
     def require(self, split: str, columns: Sequence[str]) -> None:
         """Raise a `DataError` naming the file that lacks one of `columns`."""
         ...
-
-
-@runtime_checkable
-class Readable(Protocol):
-    """A source that can find the file that stops reading. Sources need not; errors are then less precise."""
-
-    def read_through(self, split: str, columns: Sequence[str]) -> None:
-        """Read all rows of a split and drop them; raise a `DataError` naming the file that cannot be read."""
-        ...
-
-
-@contextmanager
-def naming_file(source: object, split: str, columns: Sequence[str]) -> Iterator[None]:
-    """Let an error in the midst of reading a split name the file: it is looked for only then."""
-    try:
-        yield
-    except DataError as error:
-        if isinstance(error.__cause__, pl.exceptions.PolarsError | OSError) and isinstance(source, Readable):
-            source.read_through(split, columns)
-        raise
 
 
 @runtime_checkable
@@ -64,6 +43,15 @@ class Identified(Protocol):
 
     def identity(self) -> str:
         """Return a text that is equal exactly when the rows are."""
+        ...
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """A source that can say so by every byte of its files. Sources need not."""
+
+    def content(self) -> str:
+        """Return a text that is equal exactly when the bytes are."""
         ...
 
 
@@ -104,6 +92,17 @@ class DataRoot:
             return advice
         columns = f"\nIt must have the columns {', '.join(self.about.columns)}." if self.about.columns else ""
         return f"\nThe data set {self.about.name!r} is obtained from {self.about.where}.{columns}{advice}"
+
+
+def _sampled(path: Path) -> str:
+    """Return size, modification time and a digest of some pieces of a file."""
+    stat = path.stat()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in range(_SAMPLES):
+            file.seek(max(stat.st_size - _SAMPLE_BYTES, 0) * piece // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return f"{stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
 
 
 def _expand(place: Path) -> list[str]:
@@ -164,6 +163,8 @@ class Files:
         self._files: dict[str, tuple[str, ...]] = {}
         self._frames: dict[str, pl.LazyFrame] = {}
         self._checked_keys: set[str] = set()
+        self._checked_lines: set[str] = set()
+        self._side_tables: list[tuple[pl.DataFrame, list[str]]] | None = None
 
     def files(self, split: str) -> tuple[str, ...]:
         """Return the files of a split in reading order.
@@ -189,15 +190,26 @@ class Files:
             DataError: a file is missing, empty or unreadable; a line of a text file has too many or too few fields;
                 files disagree on types; a side table has a key twice.
         """
-        if split not in self._frames:
-            parts = [self._open(file) for file in self.files(split)]
+        if split not in self._checked_lines:
             for file in self.files(split):
                 self._check_lines(file)
-            frame = self._with_sides(_stack(self.files(split), parts))
-            with naming(listing(self.files(split), 3)):
-                empty = frame.head(1).collect().is_empty()
-            if empty:
-                raise DataError(f"0 rows in {listing(self.files(split), 5)}")
+            self._checked_lines.add(split)
+        return self._frame(split)
+
+    def schema(self, split: str) -> pl.Schema:
+        """Return name → type of the columns of `train`, `valid`, `test` or `all`, those of side tables included.
+
+        Raises:
+            DataError: a file is missing, empty or unreadable; files disagree on types; a side table has a key twice.
+        """
+        return self._frame(split).collect_schema()
+
+    def _frame(self, split: str) -> pl.LazyFrame:
+        if split not in self._frames:
+            files = self.files(split)
+            frame = self._with_sides(_stack(files, [self._open(file) for file in files]))
+            if not any(self._has_rows(file) for file in files):
+                raise DataError(f"0 rows in {listing(files, 5)}")
             self._frames[split] = frame
         return self._frames[split]
 
@@ -213,41 +225,81 @@ class Files:
                         f"{file}: no column {column!r}.{did_you_mean(column, known)} Columns: {listing(known)}"
                     )
 
-    def where(self, split: str, wrong: pl.Expr) -> str | None:
-        """Return "file, row N" (counted from 1) of the first row for which `wrong` holds."""
-        for file in self.files(split):
-            frame = self._with_sides(self._open(file).with_row_index(_ROW, offset=1))
-            with naming(file):
-                rows = frame.filter(wrong).select(_ROW).head(1).collect()
-            if not rows.is_empty():
-                return f"{file}, row {rows[_ROW][0]}"
-        return None
+    def blocks(self, split: str, columns: Sequence[str], rows: int, start: int = 0) -> Iterator[RawBlock]:
+        """Yield blocks of about `rows` raw rows, side tables joined, from raw row `start` on, in order.
 
-    def read_through(self, split: str, columns: Sequence[str]) -> None:
-        """Raise a `DataError` naming the first file whose rows cannot be read."""
+        A block never spans files. Side tables are kept in memory.
+        """
+        schema = self.schema(split)
+        wanted = [name for name in schema.names() if name in set(columns)]
+        before = 0
         for file in self.files(split):
-            with naming(file):
-                frame = self._open(file)
-                known = [c for c in frame.collect_schema().names() if c in columns]
-                for _ in frame.select(known).collect_batches(engine="streaming"):
-                    pass
+            seen = left = max(start - before, 0)
+            finish = self._finisher(file, wanted, schema)
+            kind = format_of(file, self._format)
+            for piece in file_pieces(file, kind, self._separator, self._own_columns(file, wanted), rows, left):
+                seen += piece.seen
+                yield RawBlock(finish(piece.frame), file, before, piece.seen, before + seen, piece.bad)
+            before += seen
+
+    def _own_columns(self, file: str, wanted: Sequence[str]) -> list[str]:
+        """Return the columns to read from a file: wanted ones, and what side tables are joined on."""
+        folders = folder_columns(file) if self._is_hive(file) else {}
+        needed = {*wanted, *(key for _, _, keys in self._sides() for key in keys)}
+        names = self._open(file).collect_schema().names()
+        return [n for n in names if n in needed and n not in folders] or names[:1]
+
+    def _finisher(self, file: str, wanted: Sequence[str], schema: pl.Schema) -> Callable[[pl.DataFrame], pl.DataFrame]:
+        """Return what makes the columns of the split of a block of a file."""
+        folders = folder_columns(file) if self._is_hive(file) else {}
+        sides = self._collected_sides(schema)
+        casts = {name: dtype for name, dtype in schema.items() if name in wanted}
+
+        def finish(frame: pl.DataFrame) -> pl.DataFrame:
+            frame = frame.with_columns(pl.lit(v).alias(c) for c, v in folders.items() if c not in frame.columns)
+            for table, keys in sides:
+                frame = frame.with_columns(pl.col(k).cast(table.schema[k]) for k in keys)
+                frame = frame.join(table, on=keys, how="left", maintain_order="left")
+            found = [pl.col(c) if frame.schema[c] == t else pl.col(c).cast(t) for c, t in casts.items()]
+            return frame.select(*found, ROW)
+
+        return finish
+
+    def _collected_sides(self, schema: pl.Schema) -> list[tuple[pl.DataFrame, list[str]]]:
+        if self._side_tables is None:
+            self._side_tables = []
+            for name, table, keys in self._sides():
+                with naming(name):
+                    cast = table.with_columns(pl.col(key).cast(schema[key]) for key in keys)
+                    self._side_tables.append((cast.collect(), keys))
+        return self._side_tables
 
     def identity(self) -> str:
-        """Return path, size and modification time of every file, side tables included, as one text."""
+        """Return path, size, modification time and samples of every file, side tables included, as one text."""
+        return self._identity(_sampled)
+
+    def content(self) -> str:
+        """Return the sha256 of every byte of every file, side tables included, as one text."""
+        return self._identity(sha256_of)
+
+    def _identity(self, digest: Callable[[Path], str]) -> str:
         names = [f for split, given in self._patterns.items() if given is not None for f in self.files(split)]
         names += [file for side in self._join for file in self._root.find(side["path"])]
         lines = [str((self._format, self._separator, self._hive, self._patterns, self._join))]
         for name in names:
-            if is_remote(name):
-                lines.append(name)
-            else:
-                stat = Path(name).stat()
-                lines.append(f"{Path(name).resolve()} {stat.st_size} {stat.st_mtime_ns}")
+            path = Path(name)
+            lines.append(name if is_remote(name) else f"{path.resolve()} {digest(path)}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _open(self, file: str) -> pl.LazyFrame:
-        hive = "=" in file if self._hive is None else self._hive
-        return scan_file(file, format_of(file, self._format), self._separator, hive)
+        return scan_file(file, format_of(file, self._format), self._separator, self._is_hive(file))
+
+    def _has_rows(self, file: str) -> bool:
+        first = self._open(file).collect_schema().names()[:1]
+        return any(p.seen for p in file_pieces(file, format_of(file, self._format), self._separator, first, 1, 0))
+
+    def _is_hive(self, file: str) -> bool:
+        return "=" in file if self._hive is None else self._hive
 
     def _check_lines(self, file: str) -> None:
         kind = format_of(file, self._format)

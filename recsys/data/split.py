@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
 from recsys.contracts import Source
-from recsys.data.formats import naming
 from recsys.data.hashing import hash_series, mix, mix_array
+from recsys.data.quarantine import ROW, address
+from recsys.data.reading import INDEX, RawRows, source_rows
 from recsys.data.schema import ColumnSplit, HashSplit, Split, TimeSplit, Value
-from recsys.data.sources import MissingSplit, Traceable
-from recsys.data.values import Where, where_in
+from recsys.data.sources import MissingSplit
 from recsys.errors import DataError, did_you_mean, listing
 
 SPLITS = ("train", "valid", "test")
 _SPACE = 2.0**64
-_INDEX = "__split_row"
+_MANY_TIMES = 1 << 20
+_ISO = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M")
 
 
-def split_frames(source: Source, split: Split | None) -> Mapping[str, pl.LazyFrame]:
+def split_rows(source: Source, split: Split | None, *, rows: int = 131_072) -> Mapping[str, RawRows]:
     """Return the raw rows of `train` and, where there are any, of `valid` and `test`.
 
     A split divides all rows of the source; where the source gives its splits itself, the train rows, and what the
     source gives besides stays as it is (such as an official test file).
+
+    Args:
+        source: of the rows.
+        split: the recipe's split, None where the source gives the splits.
+        rows: read at once.
 
     Raises:
         DataError: the split column is missing or has nulls, a split that was asked for gets no rows, or the source
@@ -32,74 +39,71 @@ def split_frames(source: Source, split: Split | None) -> Mapping[str, pl.LazyFra
     """
     if split is None:
         return _given(source)
-    if _whole(source) is not None:
-        return _divide(source.scan("all"), split)
+    whole = _found(source, "all")
+    if whole is not None:
+        return _divide(whole, split, rows)
     given = dict(_given(source))
-    frames = dict(_divide(given.pop("train"), split))
-    for name, frame in given.items():
-        if name in frames:
+    parts = dict(_divide(given.pop("train"), split, rows))
+    for name, part in given.items():
+        if name in parts:
             raise DataError(f"split: the source gives {name!r} rows, and the rule takes some of the train rows too")
+        parts[name] = part
+    return parts
+
+
+def split_frames(source: Source, split: Split | None) -> Mapping[str, pl.LazyFrame]:
+    """Return the raw rows of every split lazily, rows that break a rule included; see `split_rows`."""
+    frames = {}
+    for name, part in split_rows(source, split).items():
+        frame = source.scan(part.scanned)
+        if part.keep is not None:
+            indexed = frame.with_row_index(INDEX) if INDEX in part.needs else frame
+            frame = indexed.filter(part.keep).select(part.schema.names())
         frames[name] = frame
     return frames
 
 
-def scanned_as(source: Source, split: Split | None, name: str) -> str:
-    """Return under which name a source knows the rows that a split is taken from."""
-    if split is None:
-        return name
-    if _whole(source) is not None:
-        return "all"
-    return name if name in _given(source) else "train"
-
-
-def _whole(source: Source) -> pl.LazyFrame | None:
+def _found(source: Source, scanned: str) -> RawRows | None:
     try:
-        return source.scan("all")
+        return source_rows(source, scanned, f"the {scanned} split" if scanned in SPLITS else "the logs")
     except MissingSplit:
         return None
 
 
-def _divide(rows: pl.LazyFrame, split: Split) -> Mapping[str, pl.LazyFrame]:
+def _given(source: Source) -> Mapping[str, RawRows]:
+    found = {"train": source_rows(source, "train", "the train split")}
+    found |= {name: part for name in SPLITS[1:] if (part := _found(source, name)) is not None}
+    return found
+
+
+def _part(whole: RawRows, name: str, keep: pl.Expr, *needs: str) -> RawRows:
+    return replace(whole, what=f"the {name} split", keep=keep, needs=needs)
+
+
+def _divide(whole: RawRows, split: Split, rows: int) -> Mapping[str, RawRows]:
     needed = split.columns if isinstance(split, HashSplit) else (split.column,)
-    known = rows.collect_schema().names()
+    known = whole.schema.names()
     for column in needed:
         if column not in known:
             raise DataError(f"split: no column {column!r}.{did_you_mean(column, known)} Columns: {listing(known)}")
     if isinstance(split, TimeSplit):
-        return _by_time(rows, split)
+        return _by_time(whole, split, rows)
     if isinstance(split, HashSplit):
-        return _by_hash(rows, split)
-    return _by_column(rows, split)
+        return _by_hash(whole, split)
+    return _by_column(whole, split, rows)
 
 
-def row_finder(source: Source, split: Split | None, name: str, rows: pl.LazyFrame) -> Where:
-    """Return what names the file and row of a bad value; where the source cannot, the row of the split.
-
-    Args:
-        source: of the rows.
-        split: the recipe's split, None where the source gives the splits.
-        name: of the split that `rows` are.
-        rows: raw rows of that split, or of what is to be scored.
-    """
-    fallback = where_in(rows)
-    if not isinstance(source, Traceable):
-        return fallback
-    traceable, scanned = source, scanned_as(source, split, name)
-
-    def where(wrong: pl.Expr) -> str:
-        return traceable.where(scanned, wrong) or fallback(wrong)
-
-    return where
-
-
-def _given(source: Source) -> Mapping[str, pl.LazyFrame]:
-    frames = {"train": source.scan("train")}
-    for name in SPLITS[1:]:
-        try:
-            frames[name] = source.scan(name)
-        except MissingSplit:
-            continue
-    return frames
+def _blocks(whole: RawRows, column: str, rows: int) -> Iterator[pl.DataFrame]:
+    """Yield the blocks of the split's column; one without a value is refused."""
+    absent = pl.col(column).is_null()
+    if whole.schema[column].is_float():
+        absent |= pl.col(column).is_nan()
+    for block in whole.blocks([column], rows):
+        missing = block.frame.filter(absent)
+        if not missing.is_empty():
+            where = address(block.file, missing[ROW][0])
+            raise DataError(f"{where}: no value in column {column!r}; the split needs one in every row")
+        yield block.frame
 
 
 def _check_shares(split: TimeSplit | HashSplit) -> None:
@@ -107,36 +111,48 @@ def _check_shares(split: TimeSplit | HashSplit) -> None:
         raise DataError(f"split: valid {split.valid} and test {split.test} leave nothing for train")
 
 
-def as_time(rows: pl.LazyFrame, column: str) -> pl.Expr:
+def as_time(column: str, dtype: pl.DataType, sample: pl.Series) -> pl.Expr:
     """Return the time column as something that orders by time; text is read as numbers or ISO dates.
+
+    Args:
+        column: its name.
+        dtype: its type.
+        sample: values by which numbers and dates are told apart.
 
     Raises:
         DataError: the type does not order by time, or a text is neither.
     """
-    kind = rows.collect_schema()[column]
-    if kind.is_numeric() or kind.is_temporal():
+    if dtype.is_numeric() or dtype.is_temporal():
         return pl.col(column)
-    if kind != pl.String:
-        raise DataError(f"split: column {column!r} is {kind}; expected numbers, dates or datetimes")
-    for read in (pl.col(column).cast(pl.Float64, strict=False), pl.col(column).str.to_datetime(strict=False)):
-        try:
-            failed = rows.filter(read.is_null() & pl.col(column).is_not_null()).head(1).collect()
-        except pl.exceptions.ComputeError:
-            continue
-        if failed.is_empty():
+    if dtype != pl.String:
+        raise DataError(f"split: column {column!r} is {dtype}; expected numbers, dates or datetimes")
+    text = pl.col(column).str.strip_chars().str.strip_suffix("Z")
+    dates = pl.coalesce(
+        [text.str.to_datetime(form, strict=False, time_unit="us") for form in _ISO]
+        + [
+            pl.col(column).str.to_datetime(f"{form}%z", strict=False, time_unit="us").dt.replace_time_zone(None)
+            for form in _ISO
+        ]
+        + [text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))]
+    )
+    for read in (text.cast(pl.Float64, strict=False), dates):
+        if not sample.to_frame().select(read).to_series().null_count():
             return read
     raise DataError(f"split: column {column!r} is text that is neither numbers nor ISO dates")
 
 
-def _by_time(rows: pl.LazyFrame, split: TimeSplit) -> Mapping[str, pl.LazyFrame]:
+def _by_time(whole: RawRows, split: TimeSplit, rows: int) -> Mapping[str, RawRows]:
     _check_shares(split)
-    time = as_time(rows, split.column)
-    with naming("split"):
-        counts = rows.group_by(time.alias("time")).len("rows").sort("time", nulls_last=True).collect(engine="streaming")
-    if counts["time"].null_count():
-        raise DataError(
-            f"split: {counts['rows'][-1]} rows have no {split.column!r}; a time split needs one in every row"
-        )
+    column = split.column
+    counted = pl.DataFrame(schema={column: whole.schema[column], "rows": pl.UInt32})
+    for block in _blocks(whole, column, rows):
+        counted = pl.concat([counted, block.group_by(column).len("rows")])
+        if counted.height > _MANY_TIMES:
+            counted = counted.group_by(column).agg(pl.col("rows").sum())
+    time = as_time(column, whole.schema[column], counted[column])
+    counts = counted.group_by(time.alias("time")).agg(pl.col("rows").sum().cast(pl.Int64)).sort("time")
+    if not counts.height:
+        raise DataError("split: 0 rows")
     total = int(counts["rows"].sum())
     before = (counts["rows"].cum_sum() - counts["rows"]).to_numpy()  # rows strictly earlier than each time
     cuts = []
@@ -146,17 +162,18 @@ def _by_time(rows: pl.LazyFrame, split: TimeSplit) -> Mapping[str, pl.LazyFrame]
             raise DataError(f"split: no rows are left for {what}; too many rows have the same {split.column!r}")
         cuts.append(counts["time"][at] if share else None)
     first, second = cuts
-    frames = {"train": rows if first is None else rows.filter(time < first)}
+    parts = {"train": whole if first is None else _part(whole, "train", time < first, column)}
     if split.valid:
         if first == second:
             raise DataError(f"split: no rows are left for valid; too many rows have the same {split.column!r}")
-        frames["valid"] = rows.filter(time >= first if second is None else (time >= first) & (time < second))
+        keep = time >= first if second is None else (time >= first) & (time < second)
+        parts["valid"] = _part(whole, "valid", keep, column)
     if split.test:
-        frames["test"] = rows.filter(time >= second)
-    return frames
+        parts["test"] = _part(whole, "test", time >= second, column)
+    return parts
 
 
-def _by_hash(rows: pl.LazyFrame, split: HashSplit) -> Mapping[str, pl.LazyFrame]:
+def _by_hash(whole: RawRows, split: HashSplit) -> Mapping[str, RawRows]:
     _check_shares(split)
     seed = np.uint64(mix(split.seed))
 
@@ -166,24 +183,19 @@ def _by_hash(rows: pl.LazyFrame, split: HashSplit) -> Mapping[str, pl.LazyFrame]
             hashed = mix_array(hashed ^ hash_series(part))
         return pl.Series(values.name, hashed)
 
-    columns = list(split.columns) or [_INDEX]
-    indexed = rows if split.columns else rows.with_row_index(_INDEX)
-    uniform = pl.struct(columns).map_batches(draw, return_dtype=pl.UInt64, is_elementwise=True)
+    columns = split.columns or (INDEX,)
+    u = pl.struct(columns).map_batches(draw, return_dtype=pl.UInt64, is_elementwise=True)
     test = int(split.test * _SPACE)
-    valid = test + int(split.valid * _SPACE)
-    drawn = indexed.with_columns(__uniform=uniform)
-    keep = rows.collect_schema().names()
-    u = pl.col("__uniform")
-    low, high = pl.lit(test, pl.UInt64), pl.lit(valid, pl.UInt64)
-    frames = {"train": drawn.filter(u >= high).select(keep)}
+    low, high = pl.lit(test, pl.UInt64), pl.lit(test + int(split.valid * _SPACE), pl.UInt64)
+    parts = {"train": _part(whole, "train", u >= high, *columns)}
     if split.valid:
-        frames["valid"] = drawn.filter((u >= low) & (u < high)).select(keep)
+        parts["valid"] = _part(whole, "valid", (u >= low) & (u < high), *columns)
     if split.test:
-        frames["test"] = drawn.filter(u < low).select(keep)
-    return frames
+        parts["test"] = _part(whole, "test", u < low, *columns)
+    return parts
 
 
-def _by_column(rows: pl.LazyFrame, split: ColumnSplit) -> Mapping[str, pl.LazyFrame]:
+def _by_column(whole: RawRows, split: ColumnSplit, rows: int) -> Mapping[str, RawRows]:
     if not split.valid and not split.test:
         raise DataError("split by column: give the values of `valid`, of `test`, or of both")
     both = {_as_text(v) for v in split.valid} & {_as_text(v) for v in split.test}
@@ -192,22 +204,21 @@ def _by_column(rows: pl.LazyFrame, split: ColumnSplit) -> Mapping[str, pl.LazyFr
     text = pl.col(split.column).cast(pl.String)
     valid = text.is_in([_as_text(v) for v in split.valid])
     test = text.is_in([_as_text(v) for v in split.test])
-    with naming("split"):
-        seen = rows.select(null=text.is_null().sum(), valid=valid.sum(), test=test.sum(), rows=pl.len()).collect()
-    counts = seen.row(0, named=True)
-    if counts["null"]:
-        raise DataError(f"split: {counts['null']} rows have no {split.column!r}")
-    frames = {"train": rows.filter(~valid & ~test)}
-    for name, values, where in (("valid", split.valid, valid), ("test", split.test, test)):
+    counts = dict.fromkeys(("rows", "valid", "test"), 0)
+    for block in _blocks(whole, split.column, rows):
+        found = block.select(rows=pl.len(), valid=valid.sum(), test=test.sum()).row(0, named=True)
+        counts = {name: n + found[name] for name, n in counts.items()}
+    parts = {"train": _part(whole, "train", ~valid & ~test, split.column)}
+    for name, values, keep in (("valid", split.valid, valid), ("test", split.test, test)):
         if values:
             if not counts[name]:
                 raise DataError(
                     f"split: no row has {split.column!r} in {listing(_as_text(v) for v in values)} ({name})"
                 )
-            frames[name] = rows.filter(where)
+            parts[name] = _part(whole, name, keep, split.column)
     if counts["valid"] + counts["test"] == counts["rows"]:
         raise DataError(f"split: no rows are left for train; every {split.column!r} is in valid or test")
-    return frames
+    return parts
 
 
 def _as_text(value: Value) -> str:

@@ -1,4 +1,4 @@
-"""Raw columns to clean values: ids that compare, numbers, labels and context, with the offending row in every error."""
+"""Raw columns to values: ids that compare, numbers, labels and context. What cannot be read is for the rules to say."""
 
 from __future__ import annotations
 
@@ -12,29 +12,18 @@ import polars as pl
 
 from recsys.data.hashing import hash_series
 from recsys.data.schema import FLOAT_CONTEXT, Label, Value
-from recsys.errors import DataError, listing
+from recsys.errors import DataError
 
-Where = Callable[[pl.Expr], str]
-"""Gives "file, row N" of the first row for which an expression holds; called only when an error is raised."""
 Kind = Literal["int", "uint", "text"]
 """How a categorical column's values are compared: as int64, as uint64, or as text."""
 STORED: dict[Kind, pl.DataType] = {"int": pl.Int64(), "uint": pl.UInt64(), "text": pl.String()}
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-_EXACT = 2.0**53
-_LARGEST = float(np.finfo(np.float32).max)
-_ROW = "__row"
-
-
-def where_in(rows: pl.LazyFrame) -> Where:
-    """Return a `Where` for rows whose files are not known: it says the row number only."""
-
-    def where(wrong: pl.Expr) -> str:
-        found = rows.with_row_index(_ROW, offset=1).filter(wrong).select(_ROW).head(1).collect()
-        return f"row {found[_ROW][0]}" if not found.is_empty() else "some row"
-
-    return where
+EXACT = 2.0**53
+"""Whole numbers up to here are exact as floats."""
+LARGEST = float(np.finfo(np.float32).max)
+"""What float32 cannot hold would be infinite as soon as it reaches the model."""
 
 
 def kind_of(column: str, dtype: pl.DataType) -> Kind:
@@ -45,7 +34,7 @@ def kind_of(column: str, dtype: pl.DataType) -> Kind:
     """
     if dtype == pl.UInt64:
         return "uint"
-    if dtype in (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32) or dtype.is_float():
+    if dtype.is_integer() or dtype.is_float() or dtype.is_decimal():
         return "int"
     if dtype in (pl.String, pl.Boolean, pl.Null) or isinstance(dtype, pl.Categorical | pl.Enum) or dtype.is_temporal():
         return "text"
@@ -78,20 +67,16 @@ def with_nulls(values: pl.Series, tokens: Sequence[Value]) -> pl.Series:
     return values.to_frame().select(pl.when(~declared).then(column).alias(name)).to_series()
 
 
-def comparable(values: pl.Series, kind: Kind, where: Where) -> pl.Series:
+def comparable(values: pl.Series, kind: Kind) -> pl.Series:
     """Return the values as the type that the vocabulary compares; what does not convert becomes null.
 
     Args:
-        values: a categorical column, `[n]`, any type that `kind_of` accepts.
+        values: a categorical column, `[n]`, any type that `kind_of` accepts; numbers are whole.
         kind: how the vocabulary compares.
-        where: names the row of a fractional number.
-
-    Raises:
-        DataError: a float column has values that are not whole numbers.
     """
     dtype = values.dtype
     if dtype.is_float() or dtype.is_decimal():
-        values = _whole(values, where)
+        values = values.cast(pl.Float64).fill_nan(None).cast(pl.Int64)
     elif not dtype.is_integer():
         values = values.cast(pl.String)
     if values.dtype == pl.String and kind != "text":
@@ -100,91 +85,84 @@ def comparable(values: pl.Series, kind: Kind, where: Where) -> pl.Series:
     return values if values.dtype == STORED[kind] else values.cast(STORED[kind], strict=False)
 
 
-def _whole(values: pl.Series, where: Where) -> pl.Series:
-    """Cast floats with whole values to int64; NaN counts as null."""
-    column = pl.col(values.name).cast(pl.Float64)
-    wrong = column.is_not_null() & ~column.is_nan() & ((column.floor() != column) | (column.abs() > _EXACT))
-    bad = values.to_frame().select(column.filter(wrong).head(1)).to_series()
-    if len(bad):
-        raise DataError(
-            f"{where(wrong)}, column {values.name!r}: {bad[0]!r} is no whole number that a float can hold exactly; "
-            "ids must be whole numbers or text. List the column under `numeric`, or store it as integers."
-        )
-    return values.cast(pl.Float64).fill_nan(None).cast(pl.Int64)
+def number_of(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Return a column as float64, null where it is no number."""
+    return (column.str.strip_chars() if dtype == pl.String else column).cast(pl.Float64, strict=False)
+
+
+def is_readable_number(dtype: pl.DataType) -> bool:
+    """Whether a column may hold numbers, or text that reads as numbers."""
+    return dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null)
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A numeric column: `value [n]` float64 with NaN where missing, and how many were null or not finite."""
+    """A numeric column: `value [n]` float64 with NaN where missing.
+
+    Args:
+        value: the numbers.
+        nulls: how many were null or declared to be.
+        unreadable: how many were no number.
+        non_finite: how many were NaN, infinite or too large for float32.
+    """
 
     value: Floats
     nulls: int
+    unreadable: int
     non_finite: int
 
 
-def numbers(values: pl.Series, tokens: Sequence[Value], where: Where) -> Numbers:
-    """Read a numeric column; NaN, infinities and what is too large for float32 are counted and become missing.
-
-    Raises:
-        DataError: a text is no number and no declared null token, or the type is no number.
-    """
-    name, dtype = values.name, values.dtype
-    column = pl.col(name)
-    if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null)):
-        raise DataError(f"column {name!r} is {dtype}; a numeric column holds numbers. Cast it in the logs.")
+def numbers(values: pl.Series, tokens: Sequence[Value]) -> Numbers:
+    """Read a numeric column; what is null, no number, not finite or too large for float32 is missing, and counted."""
+    dtype = values.dtype
+    column = pl.col(values.name)
     declared = is_declared_null(column, dtype, tokens) if tokens and dtype != pl.Null else pl.lit(False)
-    text = column.str.strip_chars() if dtype == pl.String else column
-    read = text.cast(pl.Float64, strict=False)
-    wrong = column.is_not_null() & ~declared & read.is_null()
-    if dtype == pl.String:
-        bad = values.to_frame().select(column.filter(wrong).head(1)).to_series()
-        if len(bad):
-            raise DataError(
-                f"{where(wrong)}, column {name!r}: {bad[0]!r} is no number. "
-                f"If it means missing, declare it: numeric: {{{name}: {{null_values: [{bad[0]!r}]}}}}"
-            )
-    clean = values.to_frame().select(pl.when(~declared).then(read)).to_series()
-    nulls = clean.null_count()
-    value = clean.fill_null(float("nan")).to_numpy().astype(np.float64, copy=True)
-    # What float32 cannot hold would be infinite as soon as it reaches the model.
-    finite = np.abs(value) <= _LARGEST
+    clean = values.to_frame().select(
+        number=pl.when(~declared).then(number_of(column, dtype)), null=column.is_null() | declared
+    )
+    nulls = int(clean["null"].sum())
+    unreadable = clean["number"].null_count() - nulls
+    value = clean["number"].fill_null(float("nan")).to_numpy().astype(np.float64, copy=True)
+    finite = np.abs(value) <= LARGEST
     value[~finite] = np.nan
-    return Numbers(value, nulls, int(len(value) - finite.sum()) - nulls)
+    return Numbers(value, nulls, unreadable, int(len(value) - finite.sum()) - nulls - unreadable)
 
 
-def labels(values: pl.Series, rule: Label, where: Where) -> npt.NDArray[np.uint8]:
-    """Return a task's labels, `[n]` uint8 in {0, 1}.
+@dataclass(frozen=True)
+class LabelReading:
+    """How a task's label is read: `positive` and `valid` per row, and what a valid value is."""
+
+    positive: pl.Expr
+    valid: pl.Expr
+    expected: str
+
+
+def label_reading(rule: Label, dtype: pl.DataType) -> LabelReading:
+    """Return how a label column is read.
 
     Raises:
-        DataError: a null, or without a rule a value other than 0 and 1; with the distinct bad values and the row.
+        DataError: the type cannot be a label.
     """
-    name, dtype = values.name, values.dtype
-    column = pl.col(name)
+    column = pl.col(rule.column)
     if rule.positive is not None:
         texts = [str(v).lower() if isinstance(v, bool) else str(v) for v in rule.positive]
-        read: pl.Expr = column.cast(pl.String).is_in(texts)
-        expected = "no null"
-        valid = column.is_not_null()
-    else:
-        if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null)):
-            raise DataError(f"label column {name!r} is {dtype}; expected 0 and 1, or a rule `at_least` or `positive`")
-        number = (column.str.strip_chars() if dtype == pl.String else column).cast(pl.Float64, strict=False)
-        if rule.at_least is not None:
-            read, expected = number >= rule.at_least, "a number"
-            valid = number.is_not_null() & number.is_finite()
-        else:
-            read, expected = number == 1, "0 or 1"
-            valid = number.is_in([0.0, 1.0]).fill_null(False)
-    done = values.to_frame().select(read=read.fill_null(False), valid=valid)
-    if not done["valid"].all():
-        bad = values.filter(~done["valid"])
-        shown = listing([repr(v) for v in bad.unique(maintain_order=True).head(10)])
+        found = column.cast(pl.String).is_in(texts)
+        return LabelReading(found.fill_null(False), column.is_not_null(), "no null")
+    if not is_readable_number(dtype):
         raise DataError(
-            f"{where(~valid)}, label column {name!r}: expected {expected}, found {shown} "
-            f"({len(bad)} rows of those read so far). "
-            "To make a 0/1 label of other values, give `{column: …, at_least: …}` or `{column: …, positive: […]}`."
+            f"label column {rule.column!r} is {dtype}; expected 0 and 1, or a rule `at_least` or `positive`"
         )
-    return done["read"].cast(pl.UInt8).to_numpy()
+    number = number_of(column, dtype)
+    if rule.at_least is not None:
+        valid = number.is_not_null() & number.is_finite().fill_null(False)
+        return LabelReading((number >= rule.at_least).fill_null(False), valid, "a number")
+    return LabelReading((number == 1).fill_null(False), number.is_in([0.0, 1.0]).fill_null(False), "0 or 1")
+
+
+def labels(values: pl.Series, rule: Label) -> npt.NDArray[np.uint8]:
+    """Return a task's labels, `[n]` uint8 in {0, 1}."""
+    positive = label_reading(rule, values.dtype).positive
+    return values.to_frame().select(positive.cast(pl.UInt8)).to_series().to_numpy()
 
 
 _LIMITS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {
@@ -195,28 +173,28 @@ _LIMITS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {
 }
 
 
-def context(name: str, values: pl.Series, where: Where) -> npt.NDArray[Any]:
-    """Return a context column: float32 for weight and propensity, else int64; `group` is hashed, dates are seconds.
-
-    Raises:
-        DataError: a null, or a value outside the limits of that name.
-    """
-    column = pl.col(values.name)
+def context_limit(name: str, column: str, dtype: pl.DataType) -> tuple[str, pl.Expr]:
+    """Return what a context column must hold, in words, and whether a row does."""
     if name == "group":
-        if values.null_count():
-            raise DataError(f"{where(column.is_null())}, context group {values.name!r}: expected a value, found null")
-        return hash_series(comparable(values, kind_of(values.name, values.dtype), where)).view(np.int64)
-    if values.dtype.is_temporal():
-        column = column.cast(pl.Datetime("us")).dt.epoch("s")
-    elif values.dtype == pl.String:
-        column = column.str.strip_chars()
+        return "a value", pl.col(column).is_not_null()
     expected, limit = _LIMITS[name]
-    number = column.cast(pl.Float64, strict=False)
-    valid = number.is_not_null() & limit(number)
-    wrong = ~valid.fill_null(False)
-    bad = values.to_frame().select(pl.col(values.name).filter(wrong).head(1)).to_series()
-    if len(bad):
-        raise DataError(f"{where(wrong)}, context {name} {values.name!r}: expected {expected}, found {bad[0]!r}")
+    number = _moment(column, dtype).cast(pl.Float64, strict=False)
+    return expected, (number.is_not_null() & limit(number)).fill_null(False)
+
+
+def _moment(column: str, dtype: pl.DataType) -> pl.Expr:
+    if dtype.is_temporal():
+        return pl.col(column).cast(pl.Datetime("us")).dt.epoch("s")
+    return pl.col(column).str.strip_chars() if dtype == pl.String else pl.col(column)
+
+
+def context(name: str, values: pl.Series) -> npt.NDArray[Any]:
+    """Return a context column: float32 for weight and propensity, else int64; `group` is hashed, dates are seconds."""
+    dtype = values.dtype
+    if name == "group":
+        return hash_series(comparable(values, kind_of(values.name, dtype))).view(np.int64)
+    number = _moment(values.name, dtype)
     wanted = pl.Float32 if name in FLOAT_CONTEXT else pl.Int64
-    exact = column if values.dtype.is_integer() or values.dtype.is_temporal() else number
-    return values.to_frame().select(exact.cast(wanted)).to_series().to_numpy()
+    if not (dtype.is_integer() or dtype.is_temporal()):
+        number = number.cast(pl.Float64, strict=False)
+    return values.to_frame().select(number.cast(wanted)).to_series().to_numpy()

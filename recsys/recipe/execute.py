@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.markup import escape
 
 from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
+from recsys.data.encode_pass import QUARANTINE
 from recsys.data.prepare import Prepared
 from recsys.errors import RecsysError, RunError, listing
 from recsys.plugin.registry import Registry
@@ -197,9 +199,13 @@ class Session:
         rows = ", ".join(f"{name} {len(shards):,}" for name, shards in prepared.splits.items())
         run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters")
         if world.leads and not (self.folder / "data.json").exists():
+            see = "data.json"
+            if (aside := prepared.folder / QUARANTINE).is_file():
+                shutil.copyfile(aside, self.folder / QUARANTINE)
+                see += f" and {QUARANTINE}"
             write_json(self.folder / "data.json", prepared.report.to_json())
             for remark in prepared.report.remarks():
-                run.say(escape(f"{remark} (see data.json)"))
+                run.say(escape(f"{remark} (see {see})"))
             for warning in prepared.report.warnings:
                 run.say(f"[yellow]warning: {escape(warning)}[/yellow]")
         run.model.to(run.device)

@@ -16,10 +16,10 @@ from rich.console import Console
 from recsys.contracts import Source
 from recsys.data.batches import EvalBatches
 from recsys.data.blocks import EncodedColumns
+from recsys.data.reading import source_rows
 from recsys.data.report import SplitReport
 from recsys.data.shards import Shards, write_blocks, write_shards
-from recsys.data.sources import naming_file
-from recsys.data.split import row_finder, split_frames
+from recsys.data.split import split_rows
 from recsys.errors import DataError, RecipeError, did_you_mean, listing
 from recsys.plugin.registry import Registry
 from recsys.recipe.build import build_source, data_root, load_trained
@@ -63,14 +63,11 @@ def predict_files(
     with tempfile.TemporaryDirectory() as temporary, bar(console) as progress:
         task = progress.add_task("encoding rows", total=None)
         counts = SplitReport()
-        blocks = run.encoder.transform(
-            logs, labels=False, report=counts, where=row_finder(source, None, "all", logs), what=listing(files)
-        )
+        blocks = run.encoder.transform(source_rows(source, "all", listing(files, 3)), labels=False, report=counts)
         told = _telling(blocks, lambda: progress.update(task, completed=counts.rows))
         # Rows to be scored have inputs only.
         schema = replace(run.schema, tasks=(), context=())
-        with naming_file(source, "all", known):
-            shards = write_blocks(schema, told, Path(temporary) / "rows")
+        shards = write_blocks(schema, told, Path(temporary) / "rows")
         columns = _scores(run, shards)
         frame = pl.DataFrame(columns)
         for column in frame.columns:
@@ -104,25 +101,16 @@ def evaluate_run(
     recipe, run, _ = load_trained(folder, registry, console)
     names = [registry.get("metric", name).component.name for name in metrics]
     source = build_source(recipe, registry, data_root(recipe, data_root_given))
-    frames = split_frames(source, recipe.data.split)
-    wanted = list(splits) or [name for name in ("valid", "test") if name in frames]
+    rows = split_rows(source, recipe.data.split, rows=recipe.data.batch_rows)
+    wanted = list(splits) or [name for name in ("valid", "test") if name in rows]
     for name in wanted:
-        if name not in frames:
-            raise RecipeError(f"no split '{name}'.{did_you_mean(name, frames)} Splits: {listing(frames)}")
+        if name not in rows:
+            raise RecipeError(f"no split '{name}'.{did_you_mean(name, rows)} Splits: {listing(rows)}")
     run.model.to(run.device)
     run.reference = source.reference if isinstance(source, PlantedTruth) else None
     run.scores = {}
     with tempfile.TemporaryDirectory() as temporary:
-        run.splits = {
-            name: write_shards(
-                run.encoder,
-                frames[name],
-                Path(temporary) / name,
-                where=row_finder(source, recipe.data.split, name, frames[name]),
-                what=f"the {name} split",
-            )
-            for name in wanted
-        }
+        run.splits = {name: write_shards(run.encoder, rows[name], Path(temporary) / name) for name in wanted}
         run.folder = Path(temporary) / "run"
         run.stage = "evaluate"
         stage = _evaluate_stage(recipe, names, wanted)

@@ -91,7 +91,7 @@ def test_missing_and_unknown_values_are_told(recsys: Command, tmp_path: Path, re
         pl.when(pl.col("ts") >= 10**9 + 360).then(pl.col("user") + 1000).otherwise(pl.col("user")).alias("user"),
     )  # fmt: skip
     path = write(frame, tmp_path / "logs.parquet")
-    told = recsys("train", recipe, "--out", tmp_path / "run")
+    told = recsys("train", recipe, "data.bad_rows.non_finite=map", "--out", tmp_path / "run")
     nulls = frame["city"].null_count()
     train = frame["city"][:320].null_count()
     assert (
@@ -102,6 +102,20 @@ def test_missing_and_unknown_values_are_told(recsys: Command, tmp_path: Path, re
     told = recsys("predict", tmp_path / "run", "--data", path, "--out", tmp_path / "scores.csv")
     assert "3.33% of their values are unknown" in told
     assert f"{nulls} missing values in column 'city', 40 unknown values in column 'user', 8 not finite" in told
+
+
+def test_rows_set_aside_are_told_and_kept_in_the_run(recsys: Command, tmp_path: Path, recipe: Path) -> None:
+    price = pl.when(pl.col("ts") % 100 == 3).then(float("nan")).otherwise(pl.col("price"))
+    path = write(logs().with_columns(price.alias("price")), tmp_path / "logs.parquet")
+    wrong = [i for i, ts in enumerate(logs()["ts"], 1) if ts % 100 == 3]
+    told = recsys("train", recipe, "data.bad_rows.budget=0.05", "--out", tmp_path / "run")
+    assert "rows set aside" in told
+    assert "(see data.json and quarantine.parquet)" in told
+    aside = pl.read_parquet(tmp_path / "run" / "quarantine.parquet")
+    assert aside.rows() == [(str(path), row, "price", "NaN", "non_finite", "is not finite as float32") for row in wrong]
+    splits = json.loads((tmp_path / "run" / "data.json").read_text())["splits"].values()
+    assert sum(split["aside"] for split in splits) == len(wrong)
+    assert sum(split["rows"] for split in splits) == len(logs()) - len(wrong)
 
 
 def test_numbers_too_large_for_the_model_are_missing(recsys: Command, tmp_path: Path, recipe: Path) -> None:

@@ -66,9 +66,11 @@ def test_b2_a_column_without_any_value_is_an_error(run: Prepare, tmp_path: Path,
         run({"train": "train.parquet"})
 
 
-def test_b3_numbers_that_are_not_finite_are_counted_and_missing(run: Prepare, tmp_path: Path) -> None:
+def test_b3_numbers_that_are_not_finite_are_counted_and_missing_where_the_recipe_says_so(
+    run: Prepare, tmp_path: Path
+) -> None:
     csv(tmp_path, HEADER + ROWS + "1,a,NaN,1\n1,a,inf,0\n1,a,-inf,1\n1,a,,0\n")
-    prepared = run()
+    prepared = run(bad_rows={"non_finite": "map"})
     counts = prepared.report.splits["train"].columns["price"]
     assert (counts.null, counts.non_finite) == (1, 3)
     batch = prepared.splits["train"].gather(np.arange(6))
@@ -192,11 +194,21 @@ def test_b14_altered_encoded_data_is_not_used_again(run: Prepare, tmp_path: Path
         run()
 
 
-@pytest.mark.parametrize(("row", "found"), [("1,a,0.5", 3), ("1,a,0.5,0,7,7", 6)])
+@pytest.mark.parametrize(("row", "found"), [("1,a,0.5", 3), ("1,a,0.5,0,7,7", 6), ("", 1)])
 def test_b15_too_few_or_too_many_fields(run: Prepare, tmp_path: Path, row: str, found: int) -> None:
     path = csv(tmp_path, HEADER + '1,"a,b ""c""",0.5,0\n' + ROWS + row + "\n" + ROWS)
-    with pytest.raises(DataError, match=f"^{path}, line 5: {found} fields where the header has 4: '{row}'"):
+    what = f"line 5: {found} field{'' if found == 1 else 's'} where the header has 4"
+    with pytest.raises(DataError, match=f"^{path}, {what}: '{row}'"):
+        run(bad_rows={"fields": "error"})
+    with pytest.raises(
+        DataError, match=rf"1 of 6 rows \(16\.67%\) break a rule.*\n  {path}, row 4: '{row}', {what} \(1 "
+    ):
         run()
+    prepared = run(bad_rows={"budget": 0.2})
+    assert len(prepared.splits["train"]) == 5
+    assert prepared.report.splits["train"].aside == 1
+    aside = pl.read_parquet(prepared.folder / "quarantine.parquet")
+    assert aside.rows() == [(str(path), 4, None, row, "fields", what)]
 
 
 def test_b16_an_unclosed_quote_names_the_line(run: Prepare, tmp_path: Path) -> None:
@@ -210,11 +222,18 @@ def test_b16_quoted_line_breaks_are_no_error(run: Prepare, tmp_path: Path) -> No
     assert len(run().splits["train"]) == 5
 
 
-def test_b17_bytes_that_are_not_utf8_name_the_line(run: Prepare, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("raw", "shown"), [(b"1,caf\xe9,0.5,0", "1,caf\\xe9,0.5,0"), (b"1,a\0,0.5,0", "1,a\\x00,0.5,0")]
+)
+def test_b17_lines_that_are_not_utf8_or_have_a_nul(run: Prepare, tmp_path: Path, raw: bytes, shown: str) -> None:
     path = tmp_path / "train.csv"
-    path.write_bytes((HEADER + ROWS).encode() + b"1,caf\xe9,0.5,0\n")
-    with pytest.raises(DataError, match=rf"^{path}: cannot be read: .*line 4 is not UTF-8: byte 0xe9"):
-        run()
+    path.write_bytes((HEADER + ROWS).encode() + raw + b"\n" + ROWS.encode())
+    with pytest.raises(DataError, match=rf"^{path}, line 4: not UTF-8, or a NUL character: "):
+        run(bad_rows={"encoding": "error"})
+    prepared = run(bad_rows={"budget": 0.2})
+    assert len(prepared.splits["train"]) == 4
+    aside = pl.read_parquet(prepared.folder / "quarantine.parquet")
+    assert aside.rows() == [(str(path), 3, None, shown, "encoding", "line 4: not UTF-8, or a NUL character")]
 
 
 def test_b17_a_byte_order_mark_is_no_part_of_the_first_name(run: Prepare, tmp_path: Path) -> None:
@@ -238,8 +257,9 @@ def test_b18_windows_line_ends(run: Prepare, tmp_path: Path) -> None:
 
 def test_b18_a_header_in_the_middle(run: Prepare, tmp_path: Path) -> None:
     path = csv(tmp_path, HEADER + ROWS + HEADER + ROWS)
-    with pytest.raises(DataError, match=f"^{path}, row 3, column 'price': 'price' is no number"):
-        run()
+    with pytest.raises(DataError, match=f"^{path}, line 4: the header again: 'user,city,price,y'"):
+        run(bad_rows={"fields": "error"})
+    assert len(run(bad_rows={"budget": 0.2}).splits["train"]) == 4
 
 
 @pytest.mark.parametrize("bad", [2, -1, 0.5, None, "yes", "nan"])
@@ -252,7 +272,8 @@ def test_b19_labels_other_than_0_and_1(run: Prepare, tmp_path: Path, bad: Any, s
     frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
     with pytest.raises(DataError) as caught:
         run({"train": path.name})
-    shown = repr(str(frame["y"][2])) if suffix == "csv" and bad is not None else repr(frame["y"][2])
+    text = suffix == "csv" or isinstance(bad, str)
+    shown = "null" if bad is None else repr(str(frame["y"][2])) if text else str(frame["y"][2])
     assert str(caught.value).startswith(f"{path}, row 3, label column 'y': expected 0 or 1, found {shown} (1 rows")
 
 

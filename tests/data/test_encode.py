@@ -89,7 +89,8 @@ def test_numbers_equal_the_reference(values: list[float | None]) -> None:
         y=pl.Series(([0, 1] * len(values))[: len(values)])
     )
     real = [v for v in values if v is not None and math.isfinite(v)]
-    block = config(numeric={"s": {}, "l": {"transform": "log"}, "r": {"transform": "raw"}}, batch_rows=5)
+    numeric = {"s": {}, "l": {"transform": "log"}, "r": {"transform": "raw"}}
+    block = config(numeric=numeric, batch_rows=5, bad_rows={"non_finite": "map"})
     if not real:
         with pytest.raises(DataError, match="column 's' has no value"):
             Encoder.fit(frame.lazy(), block)

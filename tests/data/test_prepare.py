@@ -113,8 +113,8 @@ def test_progress_is_told(logs: Path) -> None:
     told: list[tuple[str, int]] = []
     block = config(split={"by": "hash", "valid": 0.0, "test": 0.5}, batch_rows=300)
     prepared = prepare(block, files(logs), logs / "cache", progress=lambda what, rows: told.append((what, rows)))
-    assert told[0] == ("learn vocabularies", 0)
-    assert told[-1] == ("encode test", len(prepared.splits["test"]))
+    assert told[0] == ("learn vocabularies", 300)
+    assert told[-1] == ("encode train, test", sum(map(len, prepared.splits.values())))
     rows = [r for what, r in told if what == "encode train"]
     assert rows == sorted(set(rows))
 

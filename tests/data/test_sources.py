@@ -5,8 +5,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from recsys.data.quarantine import ROW
+from recsys.data.reading import Blocked
 from recsys.data.schema import DatasetNote
-from recsys.data.sources import DataRoot, Files, MissingSplit, Traceable
+from recsys.data.sources import DataRoot, Files, MissingSplit
 from recsys.errors import DataError
 
 FRAME = pl.DataFrame({"user": [1, 2, 3], "city": ["a", None, "ü"], "y": [0, 1, 0]})
@@ -129,16 +131,23 @@ def test_side_tables_that_do_not_fit(tmp_path: Path, side: pl.DataFrame, message
         Files(DataRoot((tmp_path,)), path="logs.parquet", join=({"path": "side.parquet", "on": "user"},)).scan("all")
 
 
-def test_a_row_is_traced_to_its_file(tmp_path: Path) -> None:
+def test_blocks_know_file_and_row(tmp_path: Path) -> None:
     write(FRAME, tmp_path / "a.parquet")
     write(FRAME.with_columns(user=pl.Series([7, 8, 9])), tmp_path / "b.parquet")
     write(pl.DataFrame({"user": [8], "age": [99]}), tmp_path / "users.parquet")
     source = Files(
         DataRoot((tmp_path,)), path=("a.parquet", "b.parquet"), join=({"path": "users.parquet", "on": "user"},)
     )
-    assert isinstance(source, Traceable)
-    assert source.where("all", pl.col("age") == 99) == f"{tmp_path}/b.parquet, row 2"
-    assert source.where("all", pl.col("age") == 98) is None
+    assert isinstance(source, Blocked)
+    found = [
+        (Path(block.file or "").name, row, age, block.end)
+        for block in source.blocks("all", ["age"], 2)
+        for row, age in block.frame.select(ROW, "age").rows()
+    ]
+    ends = [2, 2, 3, 5, 5, 6]
+    ages = [None, None, None, None, 99, None]
+    files = ["a.parquet"] * 3 + ["b.parquet"] * 3
+    assert found == list(zip(files, [1, 2, 3] * 2, ages, ends, strict=True))
 
 
 def test_identity_follows_the_files(tmp_path: Path) -> None:

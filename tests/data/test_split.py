@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recsys.data.hashing import hash_text, mix
 from recsys.data.schema import DataConfig, HashSplit
 from recsys.data.sources import MissingSplit
-from recsys.data.split import scanned_as, split_frames
+from recsys.data.split import split_frames, split_rows
 from recsys.errors import DataError
 
 
@@ -65,12 +65,14 @@ def test_distinct_times_give_the_shares_asked_for() -> None:
     assert parts["test"]["t"].min() == 800
 
 
-@pytest.mark.parametrize("kind", ["datetime", "text", "number text"])
+@pytest.mark.parametrize("kind", ["datetime", "text", "mixed text", "zoned text", "number text"])
 def test_times_of_other_types(kind: str) -> None:
     moments = [datetime(2024, 1, 1) + timedelta(days=i) for i in (5, 0, 3, 9, 1, 2, 4, 6, 7, 8)]
     series = {
         "datetime": pl.Series(moments),
         "text": pl.Series([m.isoformat() for m in moments]),
+        "mixed text": pl.Series([m.isoformat(" ") if m.day % 2 else f"{m.date()}" for m in moments]),
+        "zoned text": pl.Series([f"{m.isoformat()}{'+00:00' if m.day % 2 else 'Z'}" for m in moments]),
         "number text": pl.Series([str(m.timestamp()) for m in moments]),
     }[kind]
     parts = split(pl.DataFrame({"t": series, "row": range(10)}), by="time", column="t", valid=0.2, test=0.1)
@@ -79,7 +81,7 @@ def test_times_of_other_types(kind: str) -> None:
 
 
 def test_time_splits_need_times() -> None:
-    with pytest.raises(DataError, match="1 rows have no 't'"):
+    with pytest.raises(DataError, match="row 2: no value in column 't'"):
         split(pl.DataFrame({"t": [1, None, 3]}), by="time", column="t")
     with pytest.raises(DataError, match="neither numbers nor ISO dates"):
         split(pl.DataFrame({"t": ["x", "y"]}), by="time", column="t")
@@ -164,7 +166,9 @@ def test_a_rule_divides_the_train_part_of_a_source_with_an_official_test_part() 
     assert parts["test"] == list(range(800, 1000))
     assert sorted(parts["train"] + parts["valid"]) == list(range(800))
     assert 40 < len(parts["valid"]) < 120
-    assert {n: scanned_as(source, rule, n) for n in parts} == dict(train="train", valid="train", test="test")
+    assert {n: rows.scanned for n, rows in split_rows(source, rule).items()} == dict(
+        train="train", valid="train", test="test"
+    )
 
 
 def test_a_split_given_twice_is_refused() -> None:
