@@ -313,9 +313,9 @@ def running(pids: list[int]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "SIGTERM twice"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGTERM twice"])
 def test_two_processes_that_are_stopped_leave_none_behind_and_go_on_to_the_same_bits(tmp_path: Path, how: str) -> None:
-    """SIGTERM and SIGKILL go to the process that the user started, Ctrl-C to all of them as a terminal sends it."""
+    """SIGTERM goes to the process that the user started, Ctrl-C to its whole group as a terminal sends it."""
     if not Path("/proc/self/task").exists():
         pytest.skip("needs /proc")
     recipe = (*RECIPE, "train.devices=2", "train.accelerator=cpu", "train.save_every=20")
@@ -330,12 +330,12 @@ def test_two_processes_that_are_stopped_leave_none_behind_and_go_on_to_the_same_
     if how == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)
     else:
-        process.send_signal(signal.SIGKILL if how == "SIGKILL" else signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
     if how == "SIGTERM twice":
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
     status = process.wait(timeout=60)
-    assert status == {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9, "SIGTERM twice": 143}[how]
+    assert status == (130 if how == "SIGINT" else 143)
     until = time.monotonic() + 30
     while running(family) and time.monotonic() < until:
         time.sleep(0.05)
