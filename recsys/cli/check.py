@@ -79,7 +79,7 @@ def command(
         with _progress() as tell:
             tell("learn the sizes", 0)
             dry = dry_run(checked, registry, data_root, rows)
-            found = examine(dry.frames, checked.data, dry.encoder, rows=rows, limits=limits, progress=tell)
+            found = examine(dry.rows_of, checked.data, dry.encoder, rows=rows, limits=limits, progress=tell)
         sizes = {name: split.rows for name, split in found.splits.items()}
         memory = expected_memory(checked, dry, sizes, found.events)
         if as_json:

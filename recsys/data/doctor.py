@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from recsys.data.doctor_rules import findings
 from recsys.data.doctor_scores import EncodedFacts
 from recsys.data.doctor_time import Times
 from recsys.data.encode import Encoder
-from recsys.data.formats import naming
 from recsys.data.hashing import U64, mix_array
 from recsys.data.infer import infer_schema
+from recsys.data.quarantine import Quarantine
+from recsys.data.reading import RawBlock, RawRows, source_rows
 from recsys.data.report import SplitReport
+from recsys.data.rules import Screen
 from recsys.data.schema import DataConfig, TimeSplit
 from recsys.data.sources import DataRoot, Files
-from recsys.data.split import split_frames
+from recsys.data.split import split_rows
 from recsys.errors import DataError
 
 ROWS = 1_000_000
@@ -36,7 +38,7 @@ Progress = Callable[[str, int], None]
 
 
 def examine(
-    frames: Mapping[str, pl.LazyFrame],
+    splits: Mapping[str, RawRows],
     config: DataConfig,
     encoder: Encoder | None,
     *,
@@ -51,7 +53,7 @@ def examine(
     about 4 MB for each column and 2^18 rows of numbers, however long the logs are.
 
     Args:
-        frames: split → raw rows, as `split_frames` gives them; `train` first.
+        splits: split → raw rows, as `split_rows` gives them; `train` first.
         config: the data block.
         encoder: fitted on the train rows that are examined; without it, only what raw values tell is found.
         rows: rows of each split to examine, the first ones.
@@ -63,11 +65,11 @@ def examine(
         DataError: the logs cannot be read. Values that cannot be encoded are a finding instead.
     """
     work = _Work(config, encoder, Examination(rows), tuple(unused))
-    schema = frames["train"].collect_schema()
+    schema = splits["train"].schema
     for name in (*config.columns(labels=False), *unused):
         work.found.columns[name] = ColumnFacts(name, _role(config, name), str(schema[name]), ids=_ids(encoder, name))
-    for name, frame in frames.items():
-        for done in work.read(name, frame, rows):
+    for name, part in splits.items():
+        for done in work.read(name, part, rows):
             if progress is not None:
                 progress(f"examine {name}", done)
     found = work.finish()
@@ -92,20 +94,20 @@ def examine_logs(
         message = "no column holds just 0 and 1; write a recipe (`recsys schema infer`) and name a label to find leaks"
         extra.append(Finding("note", "no-label", None, None, None, message))
     try:
-        frames = split_frames(source, config.split)
+        splits = split_rows(source, config.split, rows=config.batch_rows)
     except DataError as error:
         extra.append(Finding("warning", "split", None, None, None, f"{error}; all rows are examined as one split"))
-        frames, config = {"train": source.scan("all")}, config.model_copy(update={"split": None})
+        splits, config = {"train": source_rows(source, "all", "the logs")}, config.model_copy(update={"split": None})
     # A time of the log need not be one that training can use; its range is examined all the same.
     config = config.model_copy(update={"context": {}})
     known = (*config.columns(), *time_columns(config))
-    unused = [c for c, dtype in source.scan("all").collect_schema().items() if c not in known and not _is_nested(dtype)]
+    unused = [c for c, dtype in source.schema("all").items() if c not in known and not _is_nested(dtype)]
     try:
-        encoder = Encoder.fit(frames["train"].head(rows), config)
+        encoder = Encoder.fit(first_rows(splits["train"], rows), config)
     except DataError as error:
         extra.append(_not_encoded("train", error))
         encoder = None
-    found = examine(frames, config, encoder, rows=rows, unused=unused, limits=limits, progress=progress)
+    found = examine(splits, config, encoder, rows=rows, unused=unused, limits=limits, progress=progress)
     found.add(extra)
     return found, encoder
 
@@ -148,9 +150,33 @@ def _is_nested(dtype: pl.DataType) -> bool:
     return isinstance(dtype, pl.Struct | pl.Object | pl.Binary)
 
 
-def _not_encoded(split: str, error: DataError, first: int = 0) -> Finding:
-    after = f"; rows are counted from row {first + 1:,} of the split on" if first else ""
-    return Finding("error", "encode", None, split, None, f"cannot be encoded: {error}{after}")
+def _not_encoded(split: str, error: DataError) -> Finding:
+    return Finding("error", "encode", None, split, None, f"cannot be encoded: {error}")
+
+
+class _First:
+    """The first rows of a split, as a source of their own."""
+
+    def __init__(self, rows: RawRows, limit: int) -> None:
+        self._rows = rows
+        self._limit = limit
+
+    def schema(self, split: str) -> pl.Schema:
+        return self._rows.schema
+
+    def blocks(self, split: str, columns: Sequence[str], rows: int, start: int = 0) -> Iterator[RawBlock]:
+        done = 0
+        for block in self._rows.blocks(columns, rows, start):
+            frame = block.frame.head(self._limit - done)
+            done += frame.height
+            yield replace(block, frame=frame, seen=block.seen - block.frame.height + frame.height, end=done)
+            if done == self._limit:
+                return
+
+
+def first_rows(rows: RawRows, limit: int) -> RawRows:
+    """Return the first `limit` rows of a split."""
+    return replace(rows, source=_First(rows, limit), keep=None, needs=())
 
 
 @dataclass
@@ -170,7 +196,7 @@ class _Work:
         self.encoded: dict[str, EncodedFacts] = {}
         self.failed = False
 
-    def read(self, split: str, frame: pl.LazyFrame, rows: int) -> Iterator[int]:
+    def read(self, split: str, part: RawRows, rows: int) -> Iterator[int]:
         """Read a split; yield the rows read so far."""
         facts = self.found.splits[split] = SplitFacts()
         train = self.found.splits["train"].times
@@ -179,23 +205,46 @@ class _Work:
             self.encoded[split] = EncodedFacts(self.encoder.schema, targets=split == "train")
         report = SplitReport()
         columns = (*self.config.columns(), *self.times, *self.unused)
-        for block in _blocks(frame.head(rows), columns, self.config.batch_rows, f"the {split} split"):
-            facts.examined += block.height
+        screen = None if self.encoder is None else Screen.of(self.config, part.schema, part.what)
+        for raw in first_rows(part, rows).blocks(columns, self.config.batch_rows):
+            facts.examined += raw.seen
+            block = raw.frame
+            if screen is not None and split in self.encoded:
+                try:
+                    block = screen.clean(raw)
+                except DataError as error:
+                    self._cannot_be_encoded(split, error)
             inputs = self._add_raw(split, facts, block)
             if self.encoder is not None and split in self.encoded:
-                try:
-                    whole = self._add_encoded(self.encoder, split, block, inputs, report)
-                except DataError as error:
-                    self.found.add([_not_encoded(split, error, facts.examined - block.height)])
-                    del self.encoded[split]
-                    self.failed = True
-                else:
-                    self.hashes.add(split, inputs, whole)
+                whole = self._add_encoded(self.encoder, split, block, inputs, report)
+                self.hashes.add(split, inputs, whole)
             elif not self.failed and self.encoder is None:
                 self.hashes.add(split, inputs, inputs)
             yield facts.examined
-        facts.rows = facts.examined if facts.examined < rows else _height(frame)
+        facts.rows = facts.examined if facts.examined < rows else _height(part, self.config.batch_rows)
         self._close(split, facts, report)
+        if screen is not None and screen.quarantine is not None and split in self.encoded:
+            self._aside(split, screen.quarantine)
+
+    def _cannot_be_encoded(self, split: str, error: DataError) -> None:
+        self.found.add([_not_encoded(split, error)])
+        del self.encoded[split]
+        self.failed = True
+
+    def _aside(self, split: str, quarantine: Quarantine) -> None:
+        """Say how many rows would be set aside, or that it is too many."""
+        broken = quarantine.found.filter(pl.col("rule") == "non_finite")["column"].value_counts()
+        for column, count in broken.rows():
+            self.found.columns[column].non_finite[split] = count
+        try:
+            quarantine.check()
+        except DataError as error:
+            self.found.add([_not_encoded(split, error)])
+        else:
+            if quarantine.rows:
+                share = quarantine.rows / quarantine.seen
+                message = f"{quarantine.rows:,} rows ({share:.3%}) break a rule of data.bad_rows and would be set aside"
+                self.found.add([Finding("note", "aside", None, split, share, message)])
 
     def _add_raw(self, split: str, facts: SplitFacts, block: pl.DataFrame) -> U64:
         """Count distinct values (train only) and times; return the hashes of the rows' inputs, `[n]`."""
@@ -209,14 +258,12 @@ class _Work:
         return hash_rows([cells[name] for name in self.inputs], block.height)
 
     def _add_encoded(self, encoder: Encoder, split: str, block: pl.DataFrame, inputs: U64, report: SplitReport) -> U64:
-        """Take the encoded block; return the hashes of the rows' inputs and labels, `[n]`."""
-        whole, at = inputs.copy(), 0
-        for part in encoder.transform(block.lazy(), report=report):
-            self.encoded[split].add(part)
-            for task in encoder.schema.tasks:
-                here = slice(at, at + part.rows)
-                whole[here] = mix_array(whole[here] ^ mix_array(part.label[task].astype(np.int64)))
-            at += part.rows
+        """Take a block that keeps the rules, encoded; return the hashes of the rows' inputs and labels, `[n]`."""
+        part = encoder.encode(block, report)
+        self.encoded[split].add(part)
+        whole = inputs.copy()
+        for task in encoder.schema.tasks:
+            whole = mix_array(whole ^ mix_array(part.label[task].astype(np.int64)))
         return whole
 
     def _close(self, split: str, facts: SplitFacts, report: SplitReport) -> None:
@@ -251,21 +298,5 @@ class _Work:
         return found
 
 
-def _blocks(logs: pl.LazyFrame, columns: Sequence[str], rows: int, what: str) -> Iterator[pl.DataFrame]:
-    """Yield blocks of about `rows` rows, in order."""
-    with naming(what):
-        # In the order of the files: after a projection that reorders columns, Polars reads ahead without limit.
-        ordered = [c for c in logs.collect_schema().names() if c in set(columns)]
-        batches = iter(logs.select(ordered).collect_batches(chunk_size=rows, maintain_order=True, engine="streaming"))
-    while True:
-        with naming(what):
-            block = next(batches, None)
-        if block is None:
-            return
-        if not block.is_empty():
-            yield block
-
-
-def _height(frame: pl.LazyFrame) -> int:
-    with naming("the logs"):
-        return int(frame.select(pl.len()).collect(engine="streaming").item())
+def _height(rows: RawRows, batch_rows: int) -> int:
+    return sum(block.seen for block in rows.blocks(rows.schema.names()[:1], batch_rows))

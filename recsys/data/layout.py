@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from recsys.data.blocks import EncodedColumns
 from recsys.data.schema import FLOAT_CONTEXT
 
 Bytes = npt.NDArray[np.uint8]
-_MOST_RUNS = 8
+_PADDING = 0.05
+"""Largest share of a record that may be padding."""
 
 
 def id_type(rows: int) -> np.dtype[Any]:
@@ -28,20 +29,31 @@ def id_type(rows: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Adjacent columns of one type: `count` of them from `first` on, at byte `offset` of the record."""
+    """Columns of one type that lie side by side in the record, from byte `offset` on.
 
-    first: int
-    count: int
+    Args:
+        columns: which columns of the schema they are, ascending.
+        dtype: of all of them.
+        offset: of the first.
+    """
+
+    columns: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int = 0
 
     @property
     def size(self) -> int:
         """Bytes in the record."""
-        return self.count * self.dtype.itemsize
+        return len(self.columns) * self.dtype.itemsize
+
+    @cached_property
+    def at(self) -> slice | npt.NDArray[np.int64]:
+        """What selects the columns of a batch: a slice where they are neighbours, which is quicker."""
+        first, last = self.columns[0], self.columns[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.columns) else np.array(self.columns)
 
     def of(self, records: Bytes) -> npt.NDArray[Any]:
-        """View `[B, record]` bytes as `[B, count]` numbers."""
+        """View `[B, record]` bytes as `[B, columns]` numbers."""
         return records[:, self.offset : self.offset + self.size].view(self.dtype)
 
 
@@ -49,8 +61,9 @@ class Run:
 class Layout:
     """Where everything lies in the record of a schema; a function of the schema alone.
 
-    Ids are kept in runs of neighbouring fields with one width each, at most 8 runs, so that a batch is cast in a few
-    slices whatever the number of fields. A numeric field is one float32, NaN where missing; its id follows from that.
+    Ids of one width lie side by side, whatever the order of their fields, so that a record has no byte too many and a
+    batch is cast in at most four assignments. A numeric field is one float32, NaN where missing; its id follows from
+    that.
     """
 
     schema: EncodedSchema
@@ -62,21 +75,29 @@ class Layout:
 
     @classmethod
     def of(cls, schema: EncodedSchema) -> Layout:
-        """Lay out a record: the widest types first, so that every number is aligned."""
-        ids = _id_runs(schema)
-        numbers = _number_runs(schema)
-        labels = [Run(i, 1, np.dtype("u1")) for i in range(len(schema.tasks))]
-        context = [Run(i, 1, _context_type(name)) for i, name in enumerate(schema.context)]
-        parts = [("ids", r) for r in ids] + [("numbers", r) for r in numbers]
-        parts += [("labels", r) for r in labels] + [("context", r) for r in context]
-        placed: dict[str, list[Run]] = {"ids": [], "numbers": [], "labels": [], "context": []}
+        """Lay out a record: the widest types first, so that every number is aligned where little padding does it."""
+        widths = [None if field.numeric else id_type(field.rows) for field in schema.fields]
+        placed: dict[str, list[Run]] = {
+            "ids": [
+                Run(tuple(i for i, width in enumerate(widths) if width == dtype), dtype)
+                for dtype in dict.fromkeys(width for width in widths if width is not None)
+            ],
+            "numbers": [],
+            "labels": [Run((i,), np.dtype("u1")) for i in range(len(schema.tasks))],
+            "context": [Run((i,), _context_type(name)) for i, name in enumerate(schema.context)],
+        }
+        if numeric := tuple(i for i, width in enumerate(widths) if width is None):
+            placed["numbers"].append(Run(numeric, np.dtype("<f4")))
         offset, widest = 0, 1
-        for what, run in sorted(parts, key=lambda p: -p[1].dtype.itemsize):
-            placed[what].append(Run(run.first, run.count, run.dtype, offset))
+        found: dict[str, list[Run]] = {what: [] for what in placed}
+        parts = [(what, run) for what, runs in placed.items() for run in runs]
+        for what, run in sorted(parts, key=lambda part: -part[1].dtype.itemsize):
+            found[what].append(replace(run, offset=offset))
             offset += run.size
             widest = max(widest, run.dtype.itemsize)
-        size = -(-max(offset, 1) // widest) * widest
-        runs = {what: tuple(sorted(found, key=lambda r: r.first)) for what, found in placed.items()}
+        aligned = -(-max(offset, 1) // widest) * widest
+        size = aligned if aligned - offset <= _PADDING * offset else max(offset, 1)
+        runs = {what: tuple(sorted(of, key=lambda run: run.columns)) for what, of in found.items()}
         return cls(schema, runs["ids"], runs["numbers"], runs["labels"], runs["context"], size)
 
     def pack(self, block: EncodedColumns) -> Bytes:
@@ -85,16 +106,16 @@ class Layout:
         fields = self.schema.fields
         for run in self.ids:
             target = run.of(records)
-            for i in range(run.count):
-                target[:, i] = block.ids[fields[run.first + i].name]
+            for i, column in enumerate(run.columns):
+                target[:, i] = block.ids[fields[column].name]
         for run in self.numbers:
             target = run.of(records)
-            for i in range(run.count):
-                target[:, i] = block.values[fields[run.first + i].name]
-        for run in self.labels:
-            run.of(records)[:, 0] = block.label[self.schema.tasks[run.first]]
-        for run in self.context:
-            run.of(records)[:, 0] = block.context[self.schema.context[run.first]]
+            for i, column in enumerate(run.columns):
+                target[:, i] = block.values[fields[column].name]
+        for task, run in zip(self.schema.tasks, self.labels, strict=True):
+            run.of(records)[:, 0] = block.label[task]
+        for name, run in zip(self.schema.context, self.context, strict=True):
+            run.of(records)[:, 0] = block.context[name]
         return records
 
     def unpack(
@@ -104,63 +125,19 @@ class Layout:
         shape = (len(records), len(self.schema.fields))
         ids = np.empty(shape, np.int64)
         for run in self.ids:
-            ids[:, run.first : run.first + run.count] = run.of(records)
+            ids[:, run.at] = run.of(records)
         values = np.ones(shape, np.float32) if self.numbers else None
         for run in self.numbers:
-            at = slice(run.first, run.first + run.count)
-            number = run.of(records)  # [B, count]
+            number = run.of(records)  # [B, columns]
             missing = np.isnan(number)
-            ids[:, at] = np.where(missing, NULL_ID, NUMERIC_VALUE_ID)
+            ids[:, run.at] = np.where(missing, NULL_ID, NUMERIC_VALUE_ID)
             if values is not None:
-                values[:, at] = np.where(missing, np.float32(1), number)
-        label = {self.schema.tasks[r.first]: r.of(records)[:, 0].astype(np.float32) for r in self.labels}
-        context = {self.schema.context[r.first]: r.of(records)[:, 0].copy() for r in self.context}
-        return ids, values, label, context
+                values[:, run.at] = np.where(missing, np.float32(1), number)
+        tasks = zip(self.schema.tasks, self.labels, strict=True)
+        beside = zip(self.schema.context, self.context, strict=True)
+        label = {task: run.of(records)[:, 0].astype(np.float32) for task, run in tasks}
+        return ids, values, label, {name: run.of(records)[:, 0].copy() for name, run in beside}
 
 
 def _context_type(name: str) -> np.dtype[Any]:
     return np.dtype("<f4") if name in FLOAT_CONTEXT else np.dtype("<i8")
-
-
-def _id_runs(schema: EncodedSchema) -> list[Run]:
-    """Group neighbouring categorical fields by width, then widen the cheapest until there are few runs."""
-    runs: list[Run] = []
-    for i, field in enumerate(schema.fields):
-        if not field.numeric:
-            runs.append(Run(i, 1, id_type(field.rows)))
-    cost = 0
-    while True:
-        merged: list[Run] = []
-        for run in runs:
-            last = merged[-1] if merged else None
-            if last is not None and _neighbours(last, run) and _extra(last, run) <= cost:
-                wide = max(last.dtype, run.dtype, key=lambda t: t.itemsize)
-                merged[-1] = Run(last.first, last.count + run.count, wide)
-            else:
-                merged.append(run)
-        joinable = [_extra(a, b) for a, b in pairwise(merged) if _neighbours(a, b)]
-        if len(merged) <= _MOST_RUNS or not joinable:
-            return merged
-        runs, cost = merged, min(joinable)
-
-
-def _neighbours(a: Run, b: Run) -> bool:
-    return a.first + a.count == b.first
-
-
-def _extra(a: Run, b: Run) -> int:
-    """Bytes per row that a joint width would add."""
-    wide = max(a.dtype.itemsize, b.dtype.itemsize)
-    return a.count * (wide - a.dtype.itemsize) + b.count * (wide - b.dtype.itemsize)
-
-
-def _number_runs(schema: EncodedSchema) -> list[Run]:
-    runs: list[Run] = []
-    for i, field in enumerate(schema.fields):
-        if not field.numeric:
-            continue
-        if runs and runs[-1].first + runs[-1].count == i:
-            runs[-1] = Run(runs[-1].first, runs[-1].count + 1, runs[-1].dtype)
-        else:
-            runs.append(Run(i, 1, np.dtype("<f4")))
-    return runs

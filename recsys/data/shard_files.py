@@ -18,7 +18,7 @@ from recsys.data.blocks import EncodedColumns, Ragged
 from recsys.data.layout import Layout, id_type
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 _READ = 1 << 20
 
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.contracts import Batch, EncodedSchema
+from recsys.data.doctor import first_rows
 from recsys.data.encode import Encoder
 from recsys.data.layout import Layout, id_type
+from recsys.data.reading import RawRows
 from recsys.data.schema import FLOAT_CONTEXT, DataConfig
-from recsys.data.split import split_frames
+from recsys.data.split import split_rows
 from recsys.nn.model import Model
 from recsys.plugin.options import json_schema
 from recsys.plugin.registry import Registry
@@ -66,7 +67,7 @@ class Dry:
     """What a recipe builds, without memory and without training.
 
     Args:
-        frames: split → raw rows.
+        rows_of: split → raw rows.
         encoder: fitted on the rows that were looked at.
         schema: of the encoded rows; sizes are those of the rows that were looked at.
         rows: how many rows of the train split were looked at.
@@ -75,7 +76,7 @@ class Dry:
         shapes: name → shape, for the steps from ids to logits.
     """
 
-    frames: Mapping[str, pl.LazyFrame]
+    rows_of: Mapping[str, RawRows]
     encoder: Encoder
     schema: EncodedSchema
     rows: int
@@ -86,7 +87,7 @@ class Dry:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
-        return tuple(self.frames)
+        return tuple(self.rows_of)
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,15 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
         RecsysError: whatever would stop the training before its first step.
     """
     source = build_source(recipe, registry, data_root(recipe, given))
-    frames = split_frames(source, recipe.data.split)
-    sample = frames["train"].head(rows)
-    encoder = Encoder.fit(sample, recipe.data)
+    splits = split_rows(source, recipe.data.split, rows=recipe.data.batch_rows)
+    sample = first_rows(splits["train"], rows)
+    looked = 0
+
+    def count(end: int) -> None:
+        nonlocal looked
+        looked = end
+
+    encoder = Encoder.fit(sample, recipe.data, progress=count)
     schema = encoder.schema
     build_loss(recipe, registry, schema)
     with torch.device("meta"):
@@ -168,12 +175,11 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
         batch = _example(schema, 64)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(batch)
-    looked = sample.select(pl.len()).collect().item()
     fields, dim = len(Model.consumer_fields(schema, model.embedding).names), model.embedding.fields.dim
     shapes = {"ids": ("B", str(len(schema.fields))), "e": ("B", str(fields), str(dim))}
     for checked, interaction in zip(recipe.interactions, model.interactions, strict=True):
         shapes[checked.name] = ("B", str(interaction.width))
-    return Dry(frames, encoder, schema, looked, model, counter.get_total_flops() / 64, shapes)
+    return Dry(splits, encoder, schema, looked, model, counter.get_total_flops() / 64, shapes)
 
 
 def _example(schema: EncodedSchema, rows: int) -> Batch:

@@ -108,14 +108,14 @@ def test_json_of_a_recipe(call: Call, recipe: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(("optimizer", "state"), [("adam", 2), ("adagrad", 1), ("sgd", 0)])
 def test_expected_memory(call: Call, recipe: Callable[..., Path], optimizer: str, state: int) -> None:
-    """user: 22 rows of 4; price: 2 rows of 4; one bias. A record: 4 bytes of price, 1 of user, 1 of label, padded."""
+    """user: 22 rows of 4; price: 2 rows of 4; one bias. A record: 4 bytes of price, 1 of user, 1 of label."""
     memory = json.loads(call(recipe("user", optimizer=optimizer), "--json").stdout)["recipe"]["memory_bytes"]
     weights = (memory["tables"] + memory["network"]) // 4
     assert memory["tables"] == 4 * 24 * 4
     assert memory["gradients"] == 4 * weights
     assert memory["optimizer"] == state * 4 * weights
     assert memory["batch"] == 128 * (2 * 8 + 2 * 4 + 4)
-    assert memory["encoded"] == {"train": 900 * 8, "test": 600 * 8}
+    assert memory["encoded"] == {"train": 900 * 6, "test": 600 * 6}
 
 
 def test_the_encoded_size_is_about_that_on_disk(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_encoded_size_is_about_that_on_disk(tmp_path: Path) -> None:
     registry = load_registry()
     recipe = load_recipe(path, registry)
     dry = dry_run(recipe, registry, None, 10_000)
-    found = examine(dry.frames, recipe.data, dry.encoder)
+    found = examine(dry.rows_of, recipe.data, dry.encoder)
     assert found.events["tags"] == pytest.approx(tags.list.len().mean())
     told = expected_memory(recipe, dry, {"train": 500}, found.events).encoded["train"]
     prepared = prepare(recipe.data, build_source(recipe, registry, data_root(recipe, None)), tmp_path / "cache")
