@@ -130,12 +130,20 @@ class _Unusable(Exception):
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Wait until no other process of this machine holds the lock; the system frees it when its holder dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except FileNotFoundError:
+                held = False
+            if not held:  # the holder before us has removed the file that we waited for
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def _sweep(cache: Path) -> None:

@@ -64,7 +64,7 @@ class Piece:
 def file_pieces(
     path: str, kind: Format, separator: str | None, columns: Sequence[str], rows: int, start: int
 ) -> Iterator[Piece]:
-    """Yield the rows of one file from row `start` on, in pieces of about `rows`.
+    """Yield the rows of one file from row `start` on, in pieces of about `rows`; first an empty one for those before.
 
     Args:
         path: local file, or one in an object store.
@@ -97,6 +97,8 @@ def _sliced(path: str, frame: pl.LazyFrame, columns: Sequence[str], rows: int, s
     """Read slice by slice: a streaming engine reads ahead by an amount of its own."""
     with naming(path):
         total = int(frame.select(pl.len()).collect().item())
+    if start:
+        yield Piece(pl.DataFrame(), BAD_ROWS, min(start, total))
     for at in range(start, total, rows):
         with naming(path):
             read = frame.slice(at, rows).select(columns).collect()
@@ -126,16 +128,13 @@ def _from(pieces: Iterator[Piece], start: int) -> Iterator[Piece]:
     """Pass over the first `start` rows."""
     at = 0
     for piece in pieces:
-        at += piece.seen
-        if at <= start:
-            continue
-        first = start - (at - piece.seen)
-        if first <= 0:
-            yield piece
-        else:
-            row = pl.col(ROW) > start
-            bad = piece.bad.filter(pl.col("row") > start)
-            yield Piece(piece.frame.filter(row), bad, piece.seen - first)
+        before, at = at, at + piece.seen
+        passed = min(max(start - before, 0), piece.seen)
+        if passed:
+            yield Piece(pl.DataFrame(), BAD_ROWS, passed)
+        if passed < piece.seen:
+            frame, bad = piece.frame.filter(pl.col(ROW) > start), piece.bad.filter(pl.col("row") > start)
+            yield Piece(frame, bad, piece.seen - passed)
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,8 @@ class FrameBlocks:
     def blocks(self, split: str, columns: Sequence[str], rows: int, start: int = 0) -> Iterator[RawBlock]:
         """Yield blocks of about `rows` rows from row `start` on."""
         for piece in _from(_streamed(f"the {split} split", self._frames[split], columns, rows), start):
+            if not piece.frame.width:
+                continue
             end = int(piece.frame[ROW][-1])
             yield RawBlock(piece.frame, None, 0, piece.seen, end, piece.bad)
 

@@ -234,12 +234,13 @@ class Files:
         wanted = [name for name in schema.names() if name in set(columns)]
         before = 0
         for file in self.files(split):
-            seen = left = max(start - before, 0)
+            left, seen = max(start - before, 0), 0
             finish = self._finisher(file, wanted, schema)
             kind = format_of(file, self._format)
             for piece in file_pieces(file, kind, self._separator, self._own_columns(file, wanted), rows, left):
                 seen += piece.seen
-                yield RawBlock(finish(piece.frame), file, before, piece.seen, before + seen, piece.bad)
+                if piece.frame.width:
+                    yield RawBlock(finish(piece.frame), file, before, piece.seen, before + seen, piece.bad)
             before += seen
 
     def _own_columns(self, file: str, wanted: Sequence[str]) -> list[str]:
