@@ -28,6 +28,8 @@ from recsys.data.history import (
     user_type,
     users_of,
 )
+from recsys.data.quarantine import ROW
+from recsys.data.reading import source_rows
 from recsys.data.schema import DataConfig
 from recsys.data.shard_files import sync_folder
 from recsys.data.sources import Files, MissingSplit
@@ -291,11 +293,12 @@ class _Log:
 
     def _blocks(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, int, pl.DataFrame]]:
         """Yield (split, number of its first row in the split, block)."""
-        for name, frame in self.frames.items():
-            at = 0
-            for block in _read(frame, columns, self._rows, f"the {name} rows"):
-                yield name, at, block
-                at += block.height
+        for name in self.frames:
+            rows, at = source_rows(self._source, name, f"the {name} rows"), 0
+            for raw in rows.blocks(rows.schema.names() if columns is None else columns, self._rows):
+                for block in raw.frame.drop(ROW).iter_slices(self._rows):
+                    yield name, at, block
+                    at += block.height
 
     def _place(self, split: str, row: int) -> str:
         """Return "file, row N" of a row of a split, or its number there if the files are not known."""
@@ -345,20 +348,6 @@ def undivided(source: Source, config: DataConfig) -> dict[str, pl.LazyFrame]:
             if name == "train":
                 return {"all": source.scan("all")}
     return frames
-
-
-def _read(frame: pl.LazyFrame, columns: Sequence[str] | None, rows: int, what: str) -> Iterator[pl.DataFrame]:
-    """Yield the rows in blocks of at most `rows`, in order."""
-    with naming(what):
-        known = frame.collect_schema().names()
-        chosen = frame.select([c for c in known if columns is None or c in columns])
-        batches = iter(chosen.collect_batches(chunk_size=rows, maintain_order=True, engine="streaming"))
-    while True:
-        with naming(what):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield from (block for block in batch.iter_slices(rows) if block.height)
 
 
 class _Parts:
