@@ -29,7 +29,8 @@ from recsys.plugin.hooks import Component, hookimpl
 if TYPE_CHECKING:
     from recsys.data.batches import TrainBatches
     from recsys.data.sources import DataRoot
-    from recsys.nn.mlp import MLPBlock
+    from recsys.nn.dropout import Dropout
+    from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
     from recsys.nn.table import Table
     from recsys.train.run import Run
@@ -43,6 +44,7 @@ __all__ = [
     "Component",
     "DataError",
     "DataRoot",
+    "Dropout",
     "EncodedSchema",
     "Field",
     "Fields",
@@ -53,21 +55,26 @@ __all__ = [
     "RecsysError",
     "Run",
     "Selection",
+    "Share",
     "Table",
     "TrainBatches",
     "build_optimizer",
     "hookimpl",
+    "linear",
     "measure",
     "predict",
 ]
 
 _LAZY = {
     "DataRoot": "recsys.data.sources",
+    "Dropout": "recsys.nn.dropout",
     "MLPBlock": "recsys.nn.mlp",
     "Run": "recsys.train.run",
+    "Share": "recsys.nn.mlp",
     "Table": "recsys.nn.table",
     "TrainBatches": "recsys.data.batches",
     "build_optimizer": "recsys.nn.optim",
+    "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
     "predict": "recsys.train.score",
 }
