@@ -21,6 +21,7 @@ RECIPE = """
 data:
   source: {use: files, path: logs.parquet}
   split: {by: time, column: ts, valid: 0.2, test: 0.2}
+  bad_rows: {non_finite: map}
   label: {click: clicked, like: {column: stars, at_least: 4}}
   categorical:
     user: {hash_buckets: 11}
