@@ -49,6 +49,12 @@ def command(
         bool,
         typer.Option("--sort", help="With --history: take rows in any order; holds all events in memory."),
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Compare every byte with what was encoded before; refuse columns that the recipe lacks."
+        ),
+    ] = False,
     data_root: DataRootOption = None,
     plugin: PluginFiles = None,
     without: Without = None,
@@ -72,8 +78,10 @@ def command(
     if history is None:
         if time_column is not None or out is not None or events is not None or sort:
             raise RecipeError("--time, --out, --events and --sort belong to --history")
-        result = _encode(checked, registry, data_root, console)
+        result = _encode(checked, registry, data_root, console, strict)
     else:
+        if strict:
+            raise RecipeError("--strict is for encoding, without --history")
         if time_column is None or out is None:
             raise RecipeError("--history needs --time COLUMN and --out PATH beside it")
         from recsys.data.history_files import HistorySpec
@@ -84,7 +92,7 @@ def command(
         print(json.dumps(result))
 
 
-def _encode(recipe: Recipe, registry: Registry, root: Path | None, console: Console) -> dict[str, Any]:
+def _encode(recipe: Recipe, registry: Registry, root: Path | None, console: Console, strict: bool) -> dict[str, Any]:
     from recsys.data.sources import Identified
     from recsys.recipe.build import build_source, data_root, prepare_data
     from recsys.train.distributed import World
@@ -96,7 +104,7 @@ def _encode(recipe: Recipe, registry: Registry, root: Path | None, console: Cons
             "used again"
         )
     started, begun = time.perf_counter(), time.time()
-    prepared = prepare_data(recipe, source, console, World())
+    prepared = prepare_data(recipe, source, console, World(), strict=strict)
     seconds = time.perf_counter() - started
     reused = (prepared.folder / "encoder" / "encoder.json").stat().st_mtime < begun
     rows = {name: len(shards) for name, shards in prepared.splits.items()}

@@ -19,7 +19,7 @@ from recsys.data.reading import RawRows, rows_of
 from recsys.data.report import SplitReport
 from recsys.data.rules import Screen
 from recsys.data.schema import Categorical, DataConfig
-from recsys.data.values import comparable, context, labels, numbers, with_nulls
+from recsys.data.values import context, id_values, labels, numbers, with_nulls
 from recsys.data.vocabulary import Ids, Lookup
 from recsys.errors import DataError, did_you_mean, listing
 
@@ -179,9 +179,10 @@ class _Block:
         if marked.dtype.is_float():
             marked = marked.fill_nan(None)
         present = marked.is_not_null().to_numpy()
-        ids = lookup.ids(comparable(marked, lookup.kind), present)
+        ready, long = id_values(marked, lookup.kind, options)
+        ids = lookup.ids(ready, present)
         missing = len(present) - int(present.sum())
-        self.report.column(column).add(null=missing, unknown=int((ids == UNKNOWN_ID).sum()))
+        self.report.column(column).add(null=missing, unknown=int((ids == UNKNOWN_ID).sum()), too_long=long)
         return ids
 
     def _bag(self, name: str, raw: pl.Series) -> Ragged:

@@ -19,7 +19,7 @@ from recsys.data.values import STORED
 from recsys.data.vocabulary import Buckets, Lookup, Vocabulary
 from recsys.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same raw rows would be encoded differently, or the files are laid out differently."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 

@@ -12,7 +12,7 @@ from recsys.data.numeric import NumericFit, NumericSpec
 from recsys.data.reading import RawRows
 from recsys.data.rules import Screen
 from recsys.data.schema import DataConfig
-from recsys.data.values import Kind, comparable, kind_of, labels, numbers, with_nulls
+from recsys.data.values import Kind, context, id_values, kind_of, labels, numbers, with_nulls
 from recsys.data.vocabulary import Buckets, Counts, Lookup, Vocabulary, lookup_kind
 from recsys.errors import DataError
 
@@ -80,11 +80,11 @@ def learn(logs: RawRows, config: DataConfig, progress: Callable[[int], None] | N
     fits = {name: NumericFit(options) for name, options in config.numeric.items()}
     present = dict.fromkeys([u.column for users in by_owner.values() for u in users], 0)
     positives = dict.fromkeys(config.label, 0)
-    rows = 0
+    rows, weighted, weight = 0, 0, config.context.get("weight")
     for raw in logs.blocks(config.columns(), config.batch_rows):
         block = screen.clean(raw)
         for owner, use, values in _values(config, by_owner, block):
-            ready = comparable(values, kinds[owner])
+            ready, _ = id_values(values, kinds[owner], config.options(owner))
             present[use.column] += len(ready) - ready.null_count()
             if owner in counts:
                 counts[owner].add(ready)
@@ -92,6 +92,8 @@ def learn(logs: RawRows, config: DataConfig, progress: Callable[[int], None] | N
             fits[name].add(numbers(block[name], options.null_values).value, rows)
         for task, rule in config.label.items():
             positives[task] += int(labels(block[rule.column], rule).sum())
+        if weight is not None:
+            weighted += int((context("weight", block[weight]) > 0).sum())
         rows += block.height
         if progress is not None:
             progress(raw.end)
@@ -99,6 +101,8 @@ def learn(logs: RawRows, config: DataConfig, progress: Callable[[int], None] | N
         screen.quarantine.check()
     if not rows:
         raise DataError(f"0 rows in {logs.what}")
+    if weight is not None and not weighted:
+        raise DataError(f"{logs.what}: context weight {weight!r} is 0 in all {rows} rows; no row would teach anything")
     present |= {name: fit.count for name, fit in fits.items()}
     _check(config, present, positives, rows, logs.what)
     lookups: dict[str, Lookup] = {}

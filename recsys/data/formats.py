@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from recsys.data.text import header
+from recsys.data.json_lines import json_schema
+from recsys.data.text import BOM, header
 from recsys.errors import DataError, did_you_mean, listing
 
 Format = Literal["parquet", "csv", "tsv", "ndjson", "ipc"]
@@ -78,12 +80,22 @@ def scan_file(path: str, kind: Format, separator: str | None, hive: bool) -> pl.
         elif kind == "ipc":
             frame = pl.scan_ipc(path, hive_partitioning=False)
         elif kind == "ndjson":
-            frame = pl.scan_ndjson(path, infer_schema_length=None)
+            frame = _scan_json(path)
         else:
             frame = pl.scan_csv(path, separator=separator, infer_schema=False)
         known = frame.collect_schema()
     folders = folder_columns(path) if hive else {}
     return frame.with_columns(pl.lit(v).alias(c) for c, v in folders.items() if c not in known)
+
+
+def _scan_json(path: str) -> pl.LazyFrame:
+    if is_remote(path):
+        return pl.scan_ndjson(path, infer_schema_length=None)
+    schema = json_schema(path)
+    with open(path, "rb") as file:
+        if file.read(len(BOM)) == BOM:  # rare, so it may be read at once; the parser does not know the mark
+            return pl.scan_ndjson(io.BytesIO(file.read()), schema=schema)
+    return pl.scan_ndjson(path, schema=schema)
 
 
 def folder_columns(path: str) -> dict[str, str | int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from recsys.data.schema import BadRows
-from recsys.errors import DataError
+from recsys.errors import DataError, listing
 
 ROW = "__row"
 """Name of the column with the number of a raw row in its file, counted from 1."""
@@ -24,6 +24,7 @@ BAD_ROWS = pl.DataFrame(
 """An empty table of bad rows: file, row in it, column (null if it is the whole row), value, rule and what is wrong."""
 _EARLY = 1_000_000
 _EXAMPLES = 5
+_VALUES = 10
 
 
 def address(file: str | None, row: int) -> str:
@@ -81,11 +82,13 @@ class Quarantine:
             return
         found = self.found
         counts = found.group_by("rule", "column", maintain_order=True).agg(
-            pl.len().alias("rows"), pl.col("file", "row", "value", "problem").first()
+            pl.len().alias("rows"),
+            pl.col("file", "row", "value", "problem").first(),
+            pl.col("value").unique(maintain_order=True).alias("values"),
         )
         lines = [
             f"{address(e['file'], e['row'])}{_column(e['column'])}: {e['value']!r}, {e['problem']}"
-            + (f" ({e['rows']:,} such rows; rule {e['rule']})")
+            f" ({e['rows']:,} such rows{_distinct(e['column'], e['values'])}; rule {e['rule']})"
             for e in counts.head(_EXAMPLES).iter_rows(named=True)
         ]
         more = f"\n  … and {counts.height - _EXAMPLES} more kinds" if counts.height > _EXAMPLES else ""
@@ -94,6 +97,13 @@ class Quarantine:
             f"data.bad_rows.budget {self.policy.budget:.2%}. Mend the logs, or change the rule or the budget. "
             "The first of each kind:\n  " + "\n  ".join(lines) + more
         )
+
+
+def _distinct(column: str | None, values: list[str | None]) -> str:
+    """Return the values that a column has in rows that break a rule, if they are several."""
+    if column is None or len(values) < 2:
+        return ""
+    return f"; values {listing(('null' if v is None else repr(v) for v in values), _VALUES)}"
 
 
 def _column(name: str | None) -> str:

@@ -10,6 +10,7 @@ import polars as pl
 
 from recsys.contracts import Source
 from recsys.data.formats import Format, is_remote, naming, scan_file
+from recsys.data.json_lines import json_blocks
 from recsys.data.quarantine import BAD_ROWS, ROW
 from recsys.data.text import text_blocks
 from recsys.errors import DataError
@@ -84,7 +85,8 @@ def file_pieces(
         yield from _sliced(path, frame, columns, rows, start)
         return
     elif kind == "ndjson":
-        pieces = _streamed(path, frame, columns, rows)
+        blocks = json_blocks(path, frame.collect_schema(), columns, rows)
+        pieces = (Piece(b.frame, b.bad, b.records) for b in blocks)
     else:
         pieces = (
             Piece(b.frame, b.bad, b.records)

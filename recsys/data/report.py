@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class ColumnCounts:
-    """Counts of one column.
+    """Counts of one column; of the unknown values, `too_long` had more bytes than the field's `max_bytes`.
 
     Of a list column, `null` counts rows without events and null events, `unknown` events, `cut` shortened rows.
     """
@@ -18,14 +18,29 @@ class ColumnCounts:
     unreadable: int = 0
     non_finite: int = 0
     cut: int = 0
+    too_long: int = 0
 
-    def add(self, *, null: int = 0, unknown: int = 0, unreadable: int = 0, non_finite: int = 0, cut: int = 0) -> None:
+    def add(
+        self,
+        *,
+        null: int = 0,
+        unknown: int = 0,
+        unreadable: int = 0,
+        non_finite: int = 0,
+        cut: int = 0,
+        too_long: int = 0,
+    ) -> None:
         """Add the counts of a block."""
         self.null += null
         self.unknown += unknown
         self.unreadable += unreadable
         self.non_finite += non_finite
         self.cut += cut
+        self.too_long += too_long
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the counts in the order of the report's table."""
+        return (self.null, self.unknown, self.unreadable, self.non_finite, self.cut, self.too_long)
 
 
 @dataclass
@@ -45,6 +60,7 @@ class SplitReport:
             "unreadable": "unreadable",
             "not finite": "non_finite",
             "cut": "cut",
+            "too long": "too_long",
         }
         parts = [f"{self.aside:,} {'row' if self.aside == 1 else 'rows'} set aside"] if self.aside else []
         for word, kind in kinds.items():
@@ -77,12 +93,12 @@ class EncodeReport:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return header and rows (split, column, counts with their share of the rows); columns without are left out."""
-        header = ("split", "column", "missing", "unknown", "unreadable", "not finite", "cut")
+        header = ("split", "column", "missing", "unknown", "unreadable", "not finite", "cut", "too long")
         rows = [
-            (split, name, *(_share(n, counts.rows) for n in (c.null, c.unknown, c.unreadable, c.non_finite, c.cut)))
+            (split, name, *(_share(n, counts.rows) for n in c.counts()))
             for split, counts in self.splits.items()
             for name, c in counts.columns.items()
-            if c.null or c.unknown or c.unreadable or c.non_finite or c.cut
+            if any(c.counts())
         ]
         return header, rows
 

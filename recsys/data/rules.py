@@ -13,19 +13,22 @@ from recsys.data.quarantine import BAD_ROWS, ROW, Quarantine, address
 from recsys.data.reading import RawBlock
 from recsys.data.schema import BadRows, Categorical, DataConfig, Label, SequenceGroup, Value
 from recsys.data.values import (
-    EXACT,
     LARGEST,
     context_limit,
     is_declared_null,
     is_readable_number,
+    is_wide,
     kind_of,
     label_reading,
+    largest_exact,
     number_of,
 )
 from recsys.errors import DataError, listing
 
 Rule = Literal["number", "non_finite", "whole", "label", "context", "events"]
-"""Of the value of a column; that a line of a text file can be read at all is seen to where the file is read."""
+"""Rules of the values of a column."""
+READING_RULES = ("fields", "json_object", "encoding")
+"""Rules of lines that cannot be read at all; they are seen to where the file is read."""
 _LISTED = 10
 Say = Callable[[Sequence[str], int], str]
 """Makes the text of an error out of the distinct bad values, as shown, and the number of bad rows."""
@@ -80,12 +83,12 @@ def checks(config: DataConfig, schema: Mapping[str, pl.DataType], *, labelled: b
     for name in config.categorical:
         if is_list(schema[name]):
             raise DataError(f"column {name!r} is {schema[name]}; list it under multi_valued or sequences")
-        yield from _whole(name, schema[name], config.options(name))
+        yield from _whole(name, schema[name], config.options(name), labelled)
     for name, bag in config.multi_valued.items():
-        yield from _whole_events(name, schema[name], config.options(name), bag.separator)
+        yield from _whole_events(name, schema[name], config.options(name), bag.separator, labelled)
     for sequence in config.sequences.values():
         for target, column in sequence.columns.items():
-            yield from _whole_events(column, schema[column], config.options(target), sequence.separator)
+            yield from _whole_events(column, schema[column], config.options(target), sequence.separator, labelled)
         yield from _events(sequence, schema)
     for name, numeric in config.numeric.items():
         yield from _number(name, schema[name], numeric.null_values)
@@ -96,17 +99,24 @@ def checks(config: DataConfig, schema: Mapping[str, pl.DataType], *, labelled: b
             yield _context(use, column, schema[column])
 
 
-def _whole(column: str, dtype: pl.DataType, options: Categorical) -> Iterator[Check]:
+def _is_rounded(dtype: pl.DataType, labelled: bool) -> bool:
+    """Whether a type may hold something that is no id; when scoring, an id beyond 64 bits is just unknown."""
+    return dtype.is_float() or dtype.is_decimal() or (labelled and is_wide(dtype))
+
+
+def _whole(column: str, dtype: pl.DataType, options: Categorical, labelled: bool) -> Iterator[Check]:
     kind_of(column, dtype)
-    if dtype.is_float() or dtype.is_decimal():
+    if _is_rounded(dtype, labelled):
         wrong = _is_not_whole(pl.col(column), dtype, options.null_values or ())
         yield Check("whole", column, wrong, pl.col(column).cast(pl.String), "no whole number", _say_whole(column))
 
 
-def _whole_events(column: str, dtype: pl.DataType, options: Categorical, separator: str) -> Iterator[Check]:
+def _whole_events(
+    column: str, dtype: pl.DataType, options: Categorical, separator: str, labelled: bool
+) -> Iterator[Check]:
     inner = event_type(column, dtype)
     kind_of(column, inner)
-    if inner.is_float() or inner.is_decimal():
+    if _is_rounded(inner, labelled):
         lists = as_lists(pl.col(column), dtype, separator)
         wrong = lists.list.eval(_is_not_whole(pl.element(), inner, options.null_values or ())).list.any()
         shown = lists.list.eval(pl.element().cast(pl.String)).list.join(", ", ignore_nulls=True)
@@ -114,9 +124,12 @@ def _whole_events(column: str, dtype: pl.DataType, options: Categorical, separat
 
 
 def _is_not_whole(value: pl.Expr, dtype: pl.DataType, tokens: Sequence[Value]) -> pl.Expr:
-    """Return whether a value is neither missing nor a whole number that a float can hold exactly."""
-    number = value.cast(pl.Float64)
-    wrong = ~number.is_nan() & ((number.floor() != number) | (number.abs() > EXACT))
+    """Return whether a value is neither missing nor a whole number that its type can hold exactly."""
+    if is_wide(dtype):
+        wrong = value.is_not_null() & value.cast(pl.Int64, strict=False).is_null()
+    else:
+        number = value.cast(pl.Float64)
+        wrong = ~number.is_nan() & ((number.floor() != number) | (number.abs() > largest_exact(dtype)))
     if tokens:
         wrong &= ~is_declared_null(value, dtype, tokens)
     return wrong.fill_null(False)
@@ -124,8 +137,8 @@ def _is_not_whole(value: pl.Expr, dtype: pl.DataType, tokens: Sequence[Value]) -
 
 def _say_whole(column: str) -> Say:
     return lambda values, rows: (
-        f", column {column!r}: {values[0]} is no whole number that a float can hold exactly; "
-        "ids must be whole numbers or text. List the column under `numeric`, or store it as integers."
+        f", column {column!r}: {values[0]} is no whole number that its type can hold exactly; "
+        "ids must be 64-bit whole numbers or text. List the column under `numeric`, or store it as integers or text."
     )
 
 
@@ -237,7 +250,7 @@ class Screen:
         found = tuple(checks(config, schema, labelled=labelled))
         if labelled:
             return cls(found, config.bad_rows, quarantine or Quarantine(config.bad_rows, what))
-        changed = dict.fromkeys([*get_args(Rule), "fields", "encoding"], "error") | {"non_finite": "map"}
+        changed = dict.fromkeys([*get_args(Rule), *READING_RULES], "error") | {"non_finite": "map"}
         if config.bad_rows.number == "map":
             changed["number"] = "map"
         return cls(found, config.bad_rows.model_copy(update=changed), None)

@@ -42,8 +42,10 @@ def _as_options(value: Any) -> Any:
     return value
 
 
+Normal = Literal["nfc", "strip", "lower"]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Values = Annotated[tuple[Value, ...], BeforeValidator(_as_tuple)]
+Normals = Annotated[tuple[Normal, ...], BeforeValidator(_as_tuple)]
 
 
 class Defaults(_Strict):
@@ -52,6 +54,8 @@ class Defaults(_Strict):
     min_count: int = Field(default=1, ge=1, description="values seen less often in the train split are unknown")
     max_size: int | None = Field(default=None, ge=1, description="keep only this many values, the most frequent ones")
     null_values: Values = Field(default=(), description='raw values that mean "missing", such as "?"')
+    normalize: Normals = Field(default=(), description="what is done to text, in this order: nfc, strip, lower")
+    max_bytes: int = Field(default=1024, ge=1, description="text of more bytes than this in UTF-8 is unknown")
 
 
 class Categorical(_Strict):
@@ -68,6 +72,12 @@ class Categorical(_Strict):
         default=None, description="use the vocabulary (and so the embedding rows) of this other field"
     )
     null_values: Values | None = Field(default=None, description='raw values that mean "missing", such as "?"')
+    normalize: Normals | None = Field(
+        default=None, description="what is done to text, in this order: nfc, strip, lower; null values are raw ones"
+    )
+    max_bytes: int | None = Field(
+        default=None, ge=1, description="text of more bytes than this in UTF-8, when normalised, is unknown"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Categorical:
@@ -76,6 +86,8 @@ class Categorical(_Strict):
             raise ValueError("hash_buckets keeps no vocabulary; drop min_count, max_size and share, or hash_buckets")
         if self.share is not None and learned:
             raise ValueError(f"min_count and max_size belong to the field that is shared ({self.share!r})")
+        if self.share is not None and (self.normalize is not None or self.max_bytes is not None):
+            raise ValueError(f"normalize and max_bytes belong to the field that is shared ({self.share!r})")
         return self
 
 
@@ -186,8 +198,12 @@ class BadRows(_Strict):
     fields: Literal["error", "quarantine"] = Field(
         default="quarantine", description="a line of a text file with too few or too many fields, or a repeated header"
     )
+    json_object: Literal["error", "quarantine"] = Field(
+        default="quarantine", description="a line of an NDJSON file that is no JSON object"
+    )
     encoding: Literal["error", "quarantine"] = Field(
-        default="quarantine", description="a line of a text file that is not UTF-8, or has a NUL character"
+        default="quarantine",
+        description="a line that is not UTF-8, has a NUL character, or a byte order mark in the midst of the file",
     )
     non_finite: Literal["error", "quarantine", "map"] = Field(
         default="quarantine", description="NaN, infinite, or too large for float32, in a numeric column"
@@ -196,7 +212,8 @@ class BadRows(_Strict):
         default="error", description="a text in a numeric column that is no number and no declared null value"
     )
     whole: Literal["error", "quarantine"] = Field(
-        default="error", description="a number in a categorical column that is not whole, or too large to be exact"
+        default="error",
+        description="a number in a categorical column that is not whole, or too large to be exact or an id",
     )
     label: Literal["error", "quarantine"] = Field(
         default="error", description="a label that is null, or not 0 or 1 where no rule makes it so"
@@ -293,18 +310,18 @@ class DataConfig(_Strict):
 
     def options(self, name: str) -> Categorical:
         """Return the options of a categorical or multi-valued field, defaults filled in."""
-        own = dict(self._vocabularies())[name]
-        if own.hash_buckets is not None or own.share is not None:
-            return own.model_copy(update={"null_values": self._null_values(own)})
-        update = {
-            "min_count": self.defaults.min_count if own.min_count is None else own.min_count,
-            "max_size": self.defaults.max_size if own.max_size is None else own.max_size,
-            "null_values": self._null_values(own),
+        fields = dict(self._vocabularies())
+        own = fields[name]
+        text = own if own.share is None else fields[own.share]
+        update: dict[str, Any] = {
+            "null_values": self.defaults.null_values if own.null_values is None else own.null_values,
+            "normalize": self.defaults.normalize if text.normalize is None else text.normalize,
+            "max_bytes": self.defaults.max_bytes if text.max_bytes is None else text.max_bytes,
         }
+        if own.hash_buckets is None and own.share is None:
+            update["min_count"] = self.defaults.min_count if own.min_count is None else own.min_count
+            update["max_size"] = self.defaults.max_size if own.max_size is None else own.max_size
         return own.model_copy(update=update)
-
-    def _null_values(self, own: Categorical) -> tuple[Value, ...]:
-        return self.defaults.null_values if own.null_values is None else own.null_values
 
     def columns(self, *, labels: bool = True) -> tuple[str, ...]:
         """Return the columns that encoding reads, each once; without labels, the inputs only."""

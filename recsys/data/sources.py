@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,9 +14,12 @@ from typing_extensions import TypedDict  # typing.TypedDict is no type for pydan
 
 from recsys.data.digest import sha256_of
 from recsys.data.formats import Format, check_lines, folder_columns, format_of, is_remote, naming, scan_file
+from recsys.data.integrity import check_digests, check_pages
+from recsys.data.json_lines import check_json
 from recsys.data.quarantine import ROW
 from recsys.data.reading import RawBlock, file_pieces
 from recsys.data.schema import DatasetNote
+from recsys.data.stacking import stack
 from recsys.errors import DataError, did_you_mean, listing
 
 _SAMPLES = 16
@@ -135,6 +138,8 @@ class Files:
         separator: between the columns of text files; by default a comma, for TSV a tab.
         join: side tables to join to every row, many to one: a list of `{path, on}`.
         hive: whether folder names such as `day=3` are columns; by default where they look so.
+        sha256: list of the files' SHA-256 as `sha256sum` prints it; an altered file is an error.
+        page_checksums: compare every page of Parquet files with the checksum in it; needs pyarrow.
     """
 
     def __init__(
@@ -149,6 +154,8 @@ class Files:
         separator: str | None = None,
         join: tuple[SideTable, ...] = (),
         hive: bool | None = None,
+        sha256: str | None = None,
+        page_checksums: bool = False,
     ) -> None:
         if path is None and train is None:
             raise DataError("source files: give `train` (and `valid`, `test`), or `path` with a `split`")
@@ -160,9 +167,12 @@ class Files:
         self._separator = separator
         self._join = join
         self._hive = hive
+        self._sha256 = sha256
+        self._page_checksums = page_checksums
         self._files: dict[str, tuple[str, ...]] = {}
         self._frames: dict[str, pl.LazyFrame] = {}
         self._checked_keys: set[str] = set()
+        self._checked_bytes: set[str] = set()
         self._checked_lines: set[str] = set()
         self._side_tables: list[tuple[pl.DataFrame, list[str]]] | None = None
 
@@ -176,12 +186,15 @@ class Files:
         if split not in self._files:
             given = self._patterns.get(split)
             if given is None:
-                have = listing(name for name, value in self._patterns.items() if value is not None)
-                raise MissingSplit(f"source files: no {split!r} split; the recipe gives {have}")
+                raise MissingSplit(f"source files: no {split!r} split; the recipe gives {listing(self.splits())}")
             patterns = (given,) if isinstance(given, str) else given
             found = [f for pattern in patterns for f in self._root.find(pattern)]
             self._files[split] = tuple(dict.fromkeys(found))
         return self._files[split]
+
+    def splits(self) -> list[str]:
+        """Return the names that rows are given under."""
+        return [name for name, given in self._patterns.items() if given is not None]
 
     def scan(self, split: str) -> pl.LazyFrame:
         """Return the raw rows of `train`, `valid`, `test` or `all`, side tables joined, lazily.
@@ -207,11 +220,28 @@ class Files:
     def _frame(self, split: str) -> pl.LazyFrame:
         if split not in self._frames:
             files = self.files(split)
-            frame = self._with_sides(_stack(files, [self._open(file) for file in files]))
+            self._check_bytes([*files, *(file for side in self._join for file in self._root.find(side["path"]))])
+            frame = self._with_sides(stack(files, [self._open(file) for file in files]))
             if not any(self._has_rows(file) for file in files):
                 raise DataError(f"0 rows in {listing(files, 5)}")
             self._frames[split] = frame
         return self._frames[split]
+
+    def _check_bytes(self, files: Sequence[str]) -> None:
+        new = [file for file in dict.fromkeys(files) if file not in self._checked_bytes]
+        if self._sha256 is not None:
+            check_digests(new, self._root.find(self._sha256)[0])
+        if self._page_checksums:
+            for file in new:
+                if format_of(file, self._format) == "parquet":
+                    check_pages(file)
+        self._checked_bytes.update(new)
+
+    def unused(self, split: str, used: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (file, column) of every column besides `used` and what side tables are joined on."""
+        keys = {key for _, _, names in self._sides() for key in names}
+        files = [(file, self._open(file)) for file in self.files(split)] + [side[:2] for side in self._sides()]
+        return [(f, c) for f, rows in files for c in rows.collect_schema().names() if c not in keys and c not in used]
 
     def require(self, split: str, columns: Sequence[str]) -> None:
         """Raise a `DataError` naming the file that lacks one of `columns`."""
@@ -306,12 +336,14 @@ class Files:
         kind = format_of(file, self._format)
         if kind in ("csv", "tsv") and not is_remote(file):
             check_lines(file, self._separator or ("\t" if kind == "tsv" else ","))
+        if kind == "ndjson" and not is_remote(file):
+            check_json(file)
 
     def _sides(self) -> list[tuple[str, pl.LazyFrame, list[str]]]:
         sides = []
         for side in self._join:
             files = self._root.find(side["path"])
-            table = _stack(files, [self._open(file) for file in files])
+            table = stack(files, [self._open(file) for file in files])
             keys = [side["on"]] if isinstance(side["on"], str) else list(side["on"])
             sides.append((listing(files, 3), table, keys))
         return sides
@@ -341,37 +373,3 @@ class Files:
             *values, rows = twice.row(0)
             shown = ", ".join(f"{k}={v!r}" for k, v in zip(keys, values, strict=True))
             raise DataError(f"{name}: {rows} rows for {shown}; a side table must have one row per key")
-
-
-def _stack(files: Iterable[str], frames: list[pl.LazyFrame]) -> pl.LazyFrame:
-    """Put the frames of several files under each other: columns by name, numbers upcast, common columns only."""
-    names = list(files)
-    if len(frames) == 1:
-        return frames[0]
-    schemas = [frame.collect_schema() for frame in frames]
-    common = [c for c in schemas[0].names() if all(c in s for s in schemas)]
-    casts = {c: _common_type(c, names, [s[c] for s in schemas]) for c in common}
-    parts = [
-        f.select(pl.col(c).cast(t) if s[c] != t else pl.col(c) for c, t in casts.items())
-        for f, s in zip(frames, schemas, strict=True)
-    ]
-    return pl.concat(parts, how="vertical")
-
-
-def _common_type(column: str, files: list[str], types: list[pl.DataType]) -> pl.DataType:
-    if len(set(types)) == 1:
-        return types[0]
-    if all(t.is_integer() for t in types) and pl.UInt64 not in types:
-        return pl.Int64()
-    if all(t.is_numeric() for t in types):
-        return pl.Float64()
-    texts = (pl.String, pl.Categorical, pl.Enum)
-    if all(t in texts or isinstance(t, pl.Categorical | pl.Enum) for t in types):
-        return pl.String()
-    null = [t for t in types if t != pl.Null]
-    if len(set(null)) == 1:
-        return null[0]
-    groups = "".join(
-        f"\n  {t}: {listing([f for f, u in zip(files, types, strict=True) if u == t], 3)}" for t in dict.fromkeys(types)
-    )
-    raise DataError(f"column {column!r} has different types in different files:{groups}\nCast it in one of them.")

@@ -14,7 +14,9 @@ import polars as pl
 from recsys.data.quarantine import BAD_ROWS, ROW
 from recsys.errors import DataError
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+_MARK = "\\ufeff"
+"""A byte order mark, as it is shown."""
 _HEADER_BYTES = 1 << 20
 _LONGEST_RECORD = 1 << 26
 _SAMPLE = 1 << 16
@@ -64,8 +66,8 @@ def text_blocks(path: str, separator: str, columns: Sequence[str], rows: int) ->
     """Read a file in blocks of about `rows` records.
 
     A record ends at a line end outside quotes. Set aside are records with another number of fields than the header,
-    a repeated header, records with a NUL character, and those that are not UTF-8: a parser would fill them with
-    nulls, which would pass for missing values, or stop.
+    a repeated header, records with a NUL character or a byte order mark in front, and those that are not UTF-8: a
+    parser would fill them with nulls, which would pass for missing values, or stop.
 
     Args:
         path: local file with a header.
@@ -80,7 +82,7 @@ def text_blocks(path: str, separator: str, columns: Sequence[str], rows: int) ->
     with open(path, "rb") as file:
         first = file.readline()
         reader = _Reader(path, separator, names, [c for c in names if c in set(columns)], first)
-        size = _bytes_of(rows, path, len(first))
+        size = bytes_of(rows, path, len(first))
         rest = b""
         while chunk := file.read(size):
             block, rest = reader.read(rest + chunk + file.readline())
@@ -90,8 +92,8 @@ def text_blocks(path: str, separator: str, columns: Sequence[str], rows: int) ->
             raise reader.unclosed()
 
 
-def _bytes_of(rows: int, path: str, skip: int) -> int:
-    """Return the bytes of so many lines, judged by the first ones."""
+def bytes_of(rows: int, path: str, skip: int) -> int:
+    """Return the bytes of so many lines, judged by the first ones after `skip` bytes."""
     with open(path, "rb") as file:
         file.seek(skip)
         sample = file.read(_SAMPLE)
@@ -106,7 +108,7 @@ class _Reader:
         self._separator = separator
         self._names = names
         self._columns = columns
-        self._header = first.removeprefix(_BOM).rstrip(b"\r\n").decode("utf-8", "replace")
+        self._header = first.removeprefix(BOM).rstrip(b"\r\n").decode("utf-8", "replace")
         self._line = 2  # the number in the file of the next line
         self._record = 1
         self._opening = f'(^|{re.escape(separator)})"'
@@ -195,7 +197,7 @@ class _Reader:
         for line in found.iter_rows(named=True):
             text_of = broken.get(line["line"])
             if text_of is not None:
-                rule, problem, value = "encoding", "not UTF-8, or a NUL character", text_of
+                rule, problem, value = "encoding", broken_text(text_of), text_of
             elif line["line"] in broken:
                 rule, problem, value = "fields", "a quote in a value that is not quoted", line["text"]
             elif line["fields"] == wanted:
@@ -224,6 +226,16 @@ class _Reader:
         return found.with_columns(rows.alias(ROW))
 
 
+def shown_text(line: bytes) -> str:
+    """Return a line with escapes for what is not UTF-8, NUL characters and byte order marks."""
+    return line.decode("utf-8", "backslashreplace").replace("\0", "\\x00").replace("\ufeff", _MARK)
+
+
+def broken_text(shown: str) -> str:
+    """Return what is wrong with the characters of a line, by what `shown_text` gave."""
+    return "a byte order mark in the midst" if shown.startswith(_MARK) else "not UTF-8, or a NUL character"
+
+
 def _lines(chunk: bytes) -> pl.Series:
     """Return the lines of a chunk of UTF-8, line ends removed."""
     if b"\x01" in chunk:
@@ -243,8 +255,11 @@ def _only(chunk: bytes, first: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_
 
 
 def _blank_broken_lines(chunk: bytes) -> tuple[bytes, dict[int, str | None]]:
-    """Empty the lines that are not UTF-8 or have a NUL character; also return them by their index, as shown text."""
-    if b"\0" not in chunk:
+    """Empty the lines with characters that cannot stand; also return them by their index, as shown text.
+
+    That is, what is not UTF-8, NUL characters, and a byte order mark in front, as joined files have in their midst.
+    """
+    if b"\0" not in chunk and BOM not in chunk:
         try:
             chunk.decode()
             return chunk, {}
@@ -254,11 +269,11 @@ def _blank_broken_lines(chunk: bytes) -> tuple[bytes, dict[int, str | None]]:
     broken: dict[int, str | None] = {}
     for index, line in enumerate(lines):
         try:
-            if b"\0" not in line:
+            if b"\0" not in line and not line.startswith(BOM):
                 line.decode()
                 continue
         except UnicodeDecodeError:
             pass
-        broken[index] = line.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+        broken[index] = shown_text(line)
         lines[index] = b""
     return b"\n".join(lines), broken

@@ -11,17 +11,24 @@ import numpy.typing as npt
 import polars as pl
 
 from recsys.data.hashing import hash_series
-from recsys.data.schema import FLOAT_CONTEXT, Label, Value
+from recsys.data.schema import FLOAT_CONTEXT, Categorical, Label, Normal, Value
 from recsys.errors import DataError
 
 Kind = Literal["int", "uint", "text"]
 """How a categorical column's values are compared: as int64, as uint64, or as text."""
 STORED: dict[Kind, pl.DataType] = {"int": pl.Int64(), "uint": pl.UInt64(), "text": pl.String()}
 
+_TEXTS = (pl.String, pl.Boolean, pl.Null, pl.Date, pl.Datetime, pl.Time)
+"""Types compared as text; a date with time as that of UTC, to the microsecond."""
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-EXACT = 2.0**53
-"""Whole numbers up to here are exact as floats."""
+_EXACT = {"Float16": 2.0**11, "Float32": 2.0**24}
+_WIDE = ("Int128", "UInt128")
+_WHITE_SPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+"""The characters with the Unicode property White_Space."""
 LARGEST = float(np.finfo(np.float32).max)
 """What float32 cannot hold would be infinite as soon as it reaches the model."""
 
@@ -36,9 +43,22 @@ def kind_of(column: str, dtype: pl.DataType) -> Kind:
         return "uint"
     if dtype.is_integer() or dtype.is_float() or dtype.is_decimal():
         return "int"
-    if dtype in (pl.String, pl.Boolean, pl.Null) or isinstance(dtype, pl.Categorical | pl.Enum) or dtype.is_temporal():
+    if dtype in _TEXTS or isinstance(dtype, pl.Categorical | pl.Enum):
         return "text"
     raise DataError(f"column {column!r} is {dtype}; a categorical column holds integers, text, booleans or dates")
+
+
+def largest_exact(dtype: pl.DataType) -> float:
+    """Return the largest whole number of a type that no other whole number is rounded to.
+
+    The next power of two is what 16,777,217 becomes as float32, so it is not taken for the id that it may not be.
+    """
+    return _EXACT.get(str(dtype), 2.0**53) - 1
+
+
+def is_wide(dtype: pl.DataType) -> bool:
+    """Whether a type holds integers of more than 64 bits; ids must fit into int64."""
+    return str(dtype) in _WIDE
 
 
 def is_declared_null(column: pl.Expr, dtype: pl.DataType, tokens: Sequence[Value]) -> pl.Expr:
@@ -67,22 +87,72 @@ def with_nulls(values: pl.Series, tokens: Sequence[Value]) -> pl.Series:
     return values.to_frame().select(pl.when(~declared).then(column).alias(name)).to_series()
 
 
-def comparable(values: pl.Series, kind: Kind) -> pl.Series:
+def comparable(values: pl.Series, kind: Kind, steps: Sequence[Normal] = ()) -> pl.Series:
     """Return the values as the type that the vocabulary compares; what does not convert becomes null.
 
     Args:
         values: a categorical column, `[n]`, any type that `kind_of` accepts; numbers are whole.
         kind: how the vocabulary compares.
+        steps: what is done to text, see `normalized`.
     """
     dtype = values.dtype
-    if dtype.is_float() or dtype.is_decimal():
+    if isinstance(dtype, pl.Datetime):
+        values = values.dt.convert_time_zone("UTC").dt.replace_time_zone(None) if dtype.time_zone else values
+        values = values.cast(pl.Datetime("us")).cast(pl.String)
+    elif dtype.is_float() or dtype.is_decimal():
         values = values.cast(pl.Float64).fill_nan(None).cast(pl.Int64)
     elif not dtype.is_integer():
         values = values.cast(pl.String)
     if values.dtype == pl.String and kind != "text":
         # Other programs write whole numbers as 12.0 as soon as one value of the column is missing.
         values = values.str.strip_chars().str.replace(r"\.0+$", "")
+    if kind == "text" and steps:
+        values = normalized(values.cast(pl.String), steps)
     return values if values.dtype == STORED[kind] else values.cast(STORED[kind], strict=False)
+
+
+def normalized(values: pl.Series, steps: Sequence[Normal]) -> pl.Series:
+    """Return texts with the steps applied, one after the other.
+
+    In plain Python: nfc is `unicodedata.normalize("NFC", text)`, strip is `text.strip(WHITE)` with the 25 characters
+    that have the Unicode property White_Space, lower is `text.lower()`, which knows no locale. Both agree on every
+    text of characters that the Unicode version of Python knows.
+
+    Args:
+        values: `[n]` String.
+        steps: in order.
+    """
+    for step in steps:
+        if step == "nfc":
+            values = values.str.normalize("NFC")
+        elif step == "strip":
+            values = values.str.strip_chars(_WHITE_SPACE)
+        else:
+            values = values.str.to_lowercase()
+    return values
+
+
+def capped(values: pl.Series, max_bytes: int | None) -> tuple[pl.Series, int]:
+    """Return texts with those of more than `max_bytes` bytes of UTF-8 replaced by null, and how many these are."""
+    if max_bytes is None or values.dtype != pl.String:
+        return values, 0
+    size = values.str.len_bytes()
+    longest = size.max()
+    if not isinstance(longest, int) or longest <= max_bytes:
+        return values, 0
+    long = (size > max_bytes).fill_null(False)
+    return values.to_frame("text").select(pl.when(~long).then("text").alias(values.name)).to_series(), int(long.sum())
+
+
+def id_values(values: pl.Series, kind: Kind, options: Categorical) -> tuple[pl.Series, int]:
+    """Return what a vocabulary compares, null where nothing can be equal, and how many texts were too long.
+
+    Args:
+        values: a categorical column, `[n]`, declared nulls removed.
+        kind: how the vocabulary compares.
+        options: of the field, defaults filled in.
+    """
+    return capped(comparable(values, kind, options.normalize or ()), options.max_bytes)
 
 
 def number_of(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -145,6 +215,8 @@ def label_reading(rule: Label, dtype: pl.DataType) -> LabelReading:
     """
     column = pl.col(rule.column)
     if rule.positive is not None:
+        if not (is_readable_number(dtype) or dtype in _TEXTS or isinstance(dtype, pl.Categorical | pl.Enum)):
+            raise DataError(f"label column {rule.column!r} is {dtype}; expected numbers, text, booleans or dates")
         texts = [str(v).lower() if isinstance(v, bool) else str(v) for v in rule.positive]
         found = column.cast(pl.String).is_in(texts)
         return LabelReading(found.fill_null(False), column.is_not_null(), "no null")
@@ -168,16 +240,24 @@ def labels(values: pl.Series, rule: Label) -> npt.NDArray[np.uint8]:
 _LIMITS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {
     "weight": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
     "propensity": ("a number in (0, 1]", lambda x: (x > 0) & (x <= 1)),
-    "position": ("a whole number", lambda x: x.is_finite() & (x.floor() == x)),
-    "time": ("a whole number or a date", lambda x: x.is_finite() & (x.floor() == x)),
+    "position": ("a whole number", lambda x: (x.floor() == x) & (x.abs() < 2.0**63)),
+    "time": ("a whole number or a date", lambda x: (x.floor() == x) & (x.abs() < 2.0**63)),
 }
 
 
 def context_limit(name: str, column: str, dtype: pl.DataType) -> tuple[str, pl.Expr]:
-    """Return what a context column must hold, in words, and whether a row does."""
+    """Return what a context column must hold, in words, and whether a row does.
+
+    Raises:
+        DataError: the type does not fit.
+    """
     if name == "group":
+        if is_wide(dtype):
+            return "a value of 64 bits", pl.col(column).cast(pl.Int64, strict=False).is_not_null()
         return "a value", pl.col(column).is_not_null()
     expected, limit = _LIMITS[name]
+    if not (is_readable_number(dtype) or (name == "time" and dtype in (pl.Date, pl.Datetime))):
+        raise DataError(f"context {name} {column!r} is {dtype}; expected {expected}")
     number = _moment(column, dtype).cast(pl.Float64, strict=False)
     return expected, (number.is_not_null() & limit(number)).fill_null(False)
 

@@ -18,9 +18,10 @@ import recsys
 from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Source
 from recsys.data.encode import Encoder
 from recsys.data.prepare import Prepared, prepare
+from recsys.data.schema import DataConfig, HashSplit
 from recsys.data.shards import Shards
-from recsys.data.sources import DataRoot
-from recsys.errors import RecipeError, RunError
+from recsys.data.sources import DataRoot, Files
+from recsys.errors import DataError, RecipeError, RunError, did_you_mean
 from recsys.nn.head import Head
 from recsys.nn.model import Model
 from recsys.plugin.hooks import Kind
@@ -51,8 +52,18 @@ def build_source(recipe: Recipe, registry: Registry, root: DataRoot) -> Source:
     return cast(Source, registry.build("source", recipe.data.source, root, where="data.source"))
 
 
-def prepare_data(recipe: Recipe, source: Source, console: Console, world: World) -> Prepared:
-    """Encode the splits, or take them from the cache; one process of each machine does it for the others."""
+def prepare_data(recipe: Recipe, source: Source, console: Console, world: World, *, strict: bool = False) -> Prepared:
+    """Encode the splits, or take them from the cache; one process of each machine does it for the others.
+
+    Args:
+        recipe: of the data.
+        source: of the rows.
+        console: shows the progress.
+        world: the processes that train together.
+        strict: tell files apart by all of their bytes, and refuse columns that the recipe does not name.
+    """
+    if strict:
+        refuse_unused(recipe.data, source)
 
     def work() -> Prepared:
         with bar(console, disable=not world.leads) as progress:
@@ -61,10 +72,25 @@ def prepare_data(recipe: Recipe, source: Source, console: Console, world: World)
                 recipe.data,
                 source,
                 cache_folder(),
+                strict=strict,
                 progress=lambda what, rows: progress.update(task, description=what, completed=rows),
             )
 
-    return distributed.led(world, work) or prepare(recipe.data, source, cache_folder())
+    return distributed.led(world, work) or prepare(recipe.data, source, cache_folder(), strict=strict)
+
+
+def refuse_unused(config: DataConfig, source: Source) -> None:
+    """Raise a `DataError` when a file has a column that the recipe does not name."""
+    if not isinstance(source, Files):
+        return
+    used = config.columns()
+    if isinstance(config.split, HashSplit):
+        used = (*used, *config.split.columns)
+    elif config.split is not None:
+        used = (*used, config.split.column)
+    for split in source.splits():
+        for file, column in source.unused(split, used):
+            raise DataError(f"{file}: the recipe does not name column {column!r}.{did_you_mean(column, used)}")
 
 
 def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed: int) -> Model:
