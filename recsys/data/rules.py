@@ -15,7 +15,7 @@ from recsys.data.schema import BadRows, Categorical, DataConfig, Label, Sequence
 from recsys.data.values import (
     LARGEST,
     context_limit,
-    is_declared_null,
+    is_one_of,
     is_readable_number,
     is_wide,
     kind_of,
@@ -131,7 +131,7 @@ def _is_not_whole(value: pl.Expr, dtype: pl.DataType, tokens: Sequence[Value]) -
         number = value.cast(pl.Float64)
         wrong = ~number.is_nan() & ((number.floor() != number) | (number.abs() > largest_exact(dtype)))
     if tokens:
-        wrong &= ~is_declared_null(value, dtype, tokens)
+        wrong &= ~is_one_of(value, dtype, tokens)
     return wrong.fill_null(False)
 
 
@@ -149,7 +149,7 @@ def _number(column: str, dtype: pl.DataType, tokens: Sequence[Value]) -> Iterato
     number = number_of(raw, dtype)
     given = raw.is_not_null()
     if tokens and dtype != pl.Null:
-        given &= ~is_declared_null(raw, dtype, tokens)
+        given &= ~is_one_of(raw, dtype, tokens)
     shown = raw.cast(pl.String)
     if dtype == pl.String:
         wrong = given & number.is_null()

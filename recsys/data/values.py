@@ -61,8 +61,8 @@ def is_wide(dtype: pl.DataType) -> bool:
     return str(dtype) in _WIDE
 
 
-def is_declared_null(column: pl.Expr, dtype: pl.DataType, tokens: Sequence[Value]) -> pl.Expr:
-    """Return whether a value is one of the recipe's null tokens; false for nulls."""
+def is_one_of(column: pl.Expr, dtype: pl.DataType, tokens: Sequence[Value]) -> pl.Expr:
+    """Return whether a value is one of those that a recipe lists; numbers are compared as such, nulls are none."""
     if dtype.is_numeric():
         numbers = [n for n in map(_as_number, tokens) if n is not None]
         return column.cast(pl.Float64).is_in(numbers).fill_null(False)
@@ -83,7 +83,7 @@ def with_nulls(values: pl.Series, tokens: Sequence[Value]) -> pl.Series:
         return values
     name = values.name
     column = pl.col(name)
-    declared = is_declared_null(column, values.dtype, tokens)
+    declared = is_one_of(column, values.dtype, tokens)
     return values.to_frame().select(pl.when(~declared).then(column).alias(name)).to_series()
 
 
@@ -186,7 +186,7 @@ def numbers(values: pl.Series, tokens: Sequence[Value]) -> Numbers:
     """Read a numeric column; what is null, no number, not finite or too large for float32 is missing, and counted."""
     dtype = values.dtype
     column = pl.col(values.name)
-    declared = is_declared_null(column, dtype, tokens) if tokens and dtype != pl.Null else pl.lit(False)
+    declared = is_one_of(column, dtype, tokens) if tokens and dtype != pl.Null else pl.lit(False)
     clean = values.to_frame().select(
         number=pl.when(~declared).then(number_of(column, dtype)), null=column.is_null() | declared
     )
@@ -217,9 +217,7 @@ def label_reading(rule: Label, dtype: pl.DataType) -> LabelReading:
     if rule.positive is not None:
         if not (is_readable_number(dtype) or dtype in _TEXTS or isinstance(dtype, pl.Categorical | pl.Enum)):
             raise DataError(f"label column {rule.column!r} is {dtype}; expected numbers, text, booleans or dates")
-        texts = [str(v).lower() if isinstance(v, bool) else str(v) for v in rule.positive]
-        found = column.cast(pl.String).is_in(texts)
-        return LabelReading(found.fill_null(False), column.is_not_null(), "no null")
+        return LabelReading(is_one_of(column, dtype, rule.positive), column.is_not_null(), "no null")
     if not is_readable_number(dtype):
         raise DataError(
             f"label column {rule.column!r} is {dtype}; expected 0 and 1, or a rule `at_least` or `positive`"
