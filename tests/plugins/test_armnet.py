@@ -408,6 +408,14 @@ def test_exponents_keep_their_digits_under_autocast():
 
 
 @pytest.mark.parametrize("make", [ARMNet, ARMNetPlus])
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 1.7])
+def test_shapes_are_known_without_numbers(make, alpha):
+    with torch.device("meta"):
+        model = make(fields(5, 8), alpha=alpha)
+        assert model(torch.empty(7, 5, 8)).shape == (7, model.width)
+
+
+@pytest.mark.parametrize("make", [ARMNet, ARMNetPlus])
 @pytest.mark.parametrize("count", [1, 70])
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_one_field_many_fields_and_no_row(make, count, rows):
