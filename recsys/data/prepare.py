@@ -77,7 +77,8 @@ def prepare(
         source: the rows; one without `identity()` is encoded anew every time.
         cache: folder for encoded data.
         verify: compare checksums when reusing.
-        strict: tell files apart by all of their bytes, not by size, time and samples.
+        strict: tell files apart by all of their bytes, not by size, time and samples; later calls without it then
+            find what this one did.
         progress: told about every block.
 
     Raises:
@@ -86,6 +87,7 @@ def prepare(
     cache.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     key = _key(config, source, strict)
+    plain = _key(config, source, strict=False) if strict else None
     if key is None:
         folder = Path(tempfile.mkdtemp(prefix=f"uncached-{_MACHINE}-{os.getpid()}-", dir=cache))
         _build(config, source, folder, progress)
@@ -95,12 +97,28 @@ def prepare(
         with _alone(cache / f".{key}.lock"):
             if not folder.is_dir():
                 _build_whole(config, source, cache / f"{_PARTIAL}{key}", folder, progress)
-                return _load(folder)
+                verify = False  # it was written just now
     prepared = _load(folder)
     if verify:
         for shards in prepared.splits.values():
             shards.verify()
+    if plain is not None and plain != key:
+        _point(cache / plain, folder)
     return prepared
+
+
+def _point(entry: Path, folder: Path) -> None:
+    """Let what was told apart by every byte be found by size, time and samples too, in place of what was there."""
+    if entry.is_dir() and entry.resolve() == folder.resolve():
+        return
+    link = entry.with_name(f".link-{_MACHINE}-{os.getpid()}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    if entry.is_dir() and not entry.is_symlink():
+        stale = entry.with_name(f"{_PARTIAL}stale-{_MACHINE}-{os.getpid()}")
+        entry.rename(stale)
+        shutil.rmtree(stale, ignore_errors=True)
+    link.replace(entry)
 
 
 def _build_whole(config: DataConfig, source: Source, partial: Path, folder: Path, progress: Progress | None) -> None:

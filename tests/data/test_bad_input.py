@@ -1,5 +1,8 @@
 """What people feed a trainer by mistake: a clear error with file, column and row, or a count. One test per case."""
 
+import hashlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,3 +348,202 @@ def test_b34_types_that_do_not_fit(
     GOOD.with_columns(pl.Series("user", values)).write_parquet(tmp_path / "train.parquet")
     with pytest.raises(DataError, match=f"column 'user' is .*{message}"):
         run({"train": "train.parquet"}, **{"categorical": ["city"], "numeric": [], **block})
+
+
+def test_b5_b17_ndjson_lines_are_set_aside_and_types_that_change_are_an_error(run: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "train.ndjson"
+    lines = ['{"user": 1, "city": "a", "price": 0.5, "y": 0}', '{"user": 2, "price": 1, "y": 1}']
+    path.write_text("\n".join([*lines, '{"user": 1, "city"', "", *lines]))
+    with pytest.raises(DataError, match=rf"^{path}, line 3: not JSON: .*: '{{\"user\": 1, \"city\"'"):
+        run({"train": "train.ndjson"}, bad_rows={"json_object": "error"})
+    prepared = run({"train": "train.ndjson"}, bad_rows={"budget": 0.2})
+    assert len(prepared.splits["train"]) == 4
+    aside = pl.read_parquet(prepared.folder / "quarantine.parquet")
+    assert aside.select("file", "row", "value", "rule").rows() == [(str(path), 3, '{"user": 1, "city"', "json_object")]
+    path.write_text("\n".join([*lines, '{"user": [1], "y": 0}', *lines]))
+    with pytest.raises(DataError, match=rf"^{path}, row 3, column 'user': expected a number .*, found \[1\]"):
+        run({"train": "train.ndjson"})
+    path.write_text("\n".join([*lines, '{"user": 1, "price": "NA", "y": 0}', *lines]))
+    with pytest.raises(DataError, match=rf"^{path}, row 3, column 'price': 'NA' is no number"):
+        run({"train": "train.ndjson"})
+    assert len(run({"train": "train.ndjson"}, numeric={"price": {"null_values": ["NA"]}}).splits["train"]) == 5
+
+
+@pytest.mark.parametrize("strings", [True, False])
+def test_b11_two_ndjson_files_of_different_types(run: Prepare, tmp_path: Path, strings: bool) -> None:
+    GOOD.write_ndjson(tmp_path / "a.ndjson")
+    GOOD.with_columns(pl.col("user").cast(pl.String if strings else pl.Float64)).write_ndjson(tmp_path / "b.ndjson")
+    if strings:
+        with pytest.raises(DataError, match=r"column 'user' has different types.*\n  Int64: .*a\.ndjson\n  String: "):
+            run({"train": "*.ndjson"})
+    else:
+        batch = run({"train": "*.ndjson"}).splits["train"].gather(np.arange(8))
+        assert batch.ids[:4].tolist() == batch.ids[4:].tolist()
+
+
+def test_b11_signed_and_unsigned_ids_of_64_bits_stay_exact(run: Prepare, tmp_path: Path) -> None:
+    ids = [2**62, 2**62 + 1, 2**62, 1]
+    GOOD.with_columns(pl.Series("user", ids)).write_parquet(tmp_path / "a.parquet")
+    GOOD.with_columns(pl.Series("user", ids, dtype=pl.UInt64)).write_parquet(tmp_path / "b.parquet")
+    batch = run({"train": "*.parquet"}).splits["train"].gather(np.arange(8))
+    assert batch.ids[:4].tolist() == batch.ids[4:].tolist()
+    assert len(set(batch.ids[:, 0].tolist())) == 3
+    wide = tmp_path / "b.parquet"
+    GOOD.with_columns(pl.Series("user", [1, 2, 2**63, 3], dtype=pl.UInt64)).write_parquet(wide)
+    with pytest.raises(DataError, match=rf"^{wide}, row 3, column 'user': {2**63} is no whole number"):
+        run({"train": "*.parquet"})
+
+
+def flipped(path: Path) -> None:
+    """Change one byte in the midst of a file, its size and its time kept."""
+    stat = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"bb500")] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+LONG = pl.DataFrame(
+    {
+        "user": [f"{'b' * 2}{n}" for n in range(1000)],
+        "city": ["a", "b"] * 500,
+        "price": [float(n) for n in range(1000)],
+        "y": [0, 1] * 500,
+    }
+)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_b14_an_altered_file_is_found_by_a_list_of_sha256(run: Prepare, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"train.{suffix}"
+    LONG.write_parquet(path, compression="uncompressed") if suffix == "parquet" else LONG.write_csv(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  other.csv\n{digest.upper()} *{path.name}\n")
+    source = {"train": path.name, "sha256": "SHA256SUMS"}
+    assert len(run(source).splits["train"]) == 1000
+    flipped(path)
+    with pytest.raises(DataError, match=rf"^{path}: altered: its sha256 is [0-9a-f]{{64}}, in {tmp_path}/SHA256SUMS"):
+        run(source, batch_rows=500)
+    (tmp_path / "SHA256SUMS").write_text(f"{digest}  other.csv\n")
+    with pytest.raises(DataError, match=rf"^{path}: not listed in {tmp_path}/SHA256SUMS$"):
+        run(source, batch_rows=500)
+    (tmp_path / "SHA256SUMS").write_text("train.csv\n")
+    with pytest.raises(DataError, match=r"SHA256SUMS, line 1: expected `sha256  file` as sha256sum prints it"):
+        run(source, batch_rows=500)
+
+
+def test_b14_rotten_pages_are_found_by_their_checksums(run: Prepare, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "train.parquet"
+    parquet.write_table(LONG.to_arrow(), path, write_page_checksum=True, compression="none")
+    source = {"train": "train.parquet", "page_checksums": True}
+    assert len(run(source).splits["train"]) == 1000
+    flipped(path)
+    with pytest.raises(DataError, match=rf"^{path}: altered or damaged: .*CRC"):
+        run(source, batch_rows=500)
+    assert len(run({"train": "train.parquet"}, batch_rows=500).splits["train"]) == 1000, "without it nothing is seen"
+    LONG.write_parquet(path)
+    with pytest.raises(DataError, match=rf"^{path}: the pages of column 'user' have no checksums"):
+        run(source)
+
+
+def test_b14_page_checksums_name_the_extra(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LONG.write_parquet(tmp_path / "train.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"page_checksums needs the package pyarrow: pip install 'recsys\[checksums\]'"):
+        run({"train": "train.parquet", "page_checksums": True})
+
+
+def test_b17_a_byte_order_mark_in_the_midst_is_set_aside(run: Prepare, tmp_path: Path) -> None:
+    """As in files that were joined by `cat`."""
+    path = tmp_path / "train.csv"
+    path.write_bytes((HEADER + ROWS).encode() + b"\xef\xbb\xbf" + (HEADER + ROWS).encode())
+    with pytest.raises(DataError, match=rf"^{path}, line 4: a byte order mark in the midst: "):
+        run(bad_rows={"encoding": "error"})
+    prepared = run(bad_rows={"budget": 0.2})
+    assert len(prepared.splits["train"]) == 4
+    aside = pl.read_parquet(prepared.folder / "quarantine.parquet")
+    assert aside.select("row", "value", "rule").rows() == [(3, "\\ufeffuser,city,price,y", "encoding")]
+
+
+def test_b17_parquet_with_bytes_that_are_not_utf8_is_named(run: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    LONG.write_parquet(path, compression="uncompressed", use_pyarrow=False)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"bb500", b"b\xff500"))
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read: "):
+        run({"train": "train.parquet"})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_b19_labels_over_the_budget_are_listed(run: Prepare, tmp_path: Path, suffix: str) -> None:
+    frame = GOOD.with_columns(pl.Series("y", [0, 1, 3, 2]))
+    frame = pl.concat([frame, GOOD.with_columns(y=pl.lit(3, pl.Int64)).head(2)])
+    path = tmp_path / f"train.{suffix}"
+    frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
+    with pytest.raises(DataError) as caught:
+        run({"train": path.name}, bad_rows={"label": "quarantine"})
+    assert "4 of 6 rows (66.67%) break a rule" in str(caught.value)
+    assert f"{path}, row 3, column 'y': '3', expected 0 or 1 (4 such rows; values '3', '2'; rule label)" in str(
+        caught.value
+    )
+
+
+def test_b25_null_events_are_missing_and_unseen_ones_unknown(run: Prepare, tmp_path: Path) -> None:
+    past = pl.Series("past", [[1, None, 2], [], None, [3, 99]])
+    GOOD.with_columns(past).write_parquet(tmp_path / "train.parquet")
+    GOOD.with_columns(pl.Series("past", [[7, None, 1], [2], [], [0]])).write_parquet(tmp_path / "test.parquet")
+    prepared = run({"train": "train.parquet", "test": "test.parquet"}, sequences={"h": {"columns": {"user": "past"}}})
+    ids, length = prepared.splits["test"].gather(np.arange(4)).history["h"]
+    known = prepared.encoder.lookups["user"].rows
+    assert length.tolist() == [3, 1, 0, 1]
+    assert ids[0, :2, 0].tolist() == [UNKNOWN_ID, NULL_ID]
+    assert ids[3, 0, 0] == UNKNOWN_ID
+    assert bool(((ids >= 0) & (ids < known)).all())
+    assert 99 in prepared.encoder.lookups["user"].values.to_list(), "an event of the train split has an id of its own"
+
+
+def test_b26_a_split_by_time_is_in_order_whatever_the_order_of_the_logs(run: Prepare, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    times = np.concatenate([rng.integers(10**9, 10**9 + 50, 196), [0, 10**9, 9_999_999_999, 10**9]])
+    frame = pl.DataFrame({"user": times % 7, "city": ["a"] * 200, "price": 1.0, "ts": times, "y": times % 2})
+    frame.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "train.parquet")
+    prepared = run({"path": "train.parquet"}, split={"by": "time", "column": "ts"}, context={"time": "ts"})
+    spans = []
+    for name in ("train", "valid", "test"):
+        rows = prepared.splits[name]
+        found = rows.gather(np.arange(len(rows))).context["time"]
+        spans.append((int(found.min()), int(found.max())))
+    assert spans[0][1] < spans[1][0] <= spans[1][1] < spans[2][0]
+    assert sum(len(s) for s in prepared.splits.values()) == 200
+
+
+def test_b33_weights_that_are_all_0_are_an_error(run: Prepare, tmp_path: Path) -> None:
+    GOOD.with_columns(c=pl.lit(0.0)).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"the train split: context weight 'c' is 0 in all 4 rows"):
+        run({"train": "train.parquet"}, context={"weight": "c"})
+    GOOD.with_columns(pl.Series("c", [0.0, 0.0, 0.5, 0.0])).write_parquet(tmp_path / "train.parquet")
+    assert len(run({"train": "train.parquet"}, context={"weight": "c"}).splits["train"]) == 4
+
+
+def test_b14_strict_tells_files_apart_that_differ_in_one_byte(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    pl.concat([LONG] * 40).with_columns(pl.int_range(100_000, 100_000 + pl.len()).alias("n")).write_csv(path)
+    config = DataConfig.model_validate({"source": {}, "label": "y", "categorical": ["user", "n"]})
+
+    def prints(strict: bool = False) -> str:
+        source = Files(DataRoot((tmp_path,)), train="train.csv")
+        return prepare(config, source, tmp_path / "c", strict=strict).fingerprint
+
+    first = prints()
+    assert prints(strict=True) == first
+    stat = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b",110123\n") + 1 + 5] = ord("4")  # far from the samples, which are every 15th of the file
+    path.write_bytes(raw)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert prints() == first
+    second = prints(strict=True)
+    assert second != first
+    assert prints() == second, "what was found by every byte is used from then on"
+    assert prints(strict=True) == second
