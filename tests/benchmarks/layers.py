@@ -19,6 +19,7 @@ from recsys.contracts import EncodedSchema, Field, Fields, Selection
 from recsys.nn.interaction import CrossNet
 from recsys.nn.table import Table
 from recsys.train.memory import keep_freed_memory
+from recsys_armnet import ExponentialNeurons, entmax
 from recsys_autoint import AutoInt
 
 
@@ -55,6 +56,63 @@ class TextbookCross(nn.Module):
         for layer in self.layers:
             x = x0 * layer(x) + x
         return x
+
+
+class TextbookEntmax(nn.Module):
+    """Fields last; α = 1.5 and 2 by sorting under autograd, others by 50 halvings and one step that autograd sees."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, scores: Tensor) -> Tensor:
+        alpha, count = self.alpha, scores.shape[-1]
+        x = (scores - scores.max(-1, keepdim=True).values) * (alpha - 1)
+        if alpha in (1.5, 2.0):
+            u = x.sort(-1, descending=True).values
+            size = torch.arange(1, count + 1, dtype=x.dtype, device=x.device)
+            mean = u.cumsum(-1) / size
+            spread = (u**2).cumsum(-1) / size - mean**2
+            tau = mean - 1 / size if alpha == 2 else mean - (1 / size - spread).clamp(min=1e-12).sqrt()
+            tau = tau.gather(-1, (tau < u).sum(-1, keepdim=True) - 1)
+            return (x - tau).clamp(min=0) ** (1 / (alpha - 1))
+        r = 1 / (alpha - 1)
+        with torch.no_grad():
+            low, width = torch.full_like(x[..., :1], -1.0), 1.0
+            for _ in range(50):
+                width /= 2
+                total = ((x - low - width).clamp(min=0) ** r).sum(-1, keepdim=True)
+                low = torch.where(total >= 1, low + width, low)
+            slope = (r * (x - low).clamp(min=0) ** (r - 1)).sum(-1, keepdim=True)
+        tau = low + (((x - low).clamp(min=0) ** r).sum(-1, keepdim=True) - 1) / slope
+        return (x - tau).clamp(min=0) ** r
+
+
+class FieldsFirst(nn.Module):
+    """Our entmax over the fields, where ARM-Net has them."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return entmax(scores, self.alpha, dim=1)
+
+
+class TextbookNeurons(nn.Module):
+    """ARM-Net's exponential neurons, keys, gates `[B, K, o, F]` and products spelled out."""
+
+    def __init__(self, fields: int, dim: int, heads: int, neurons: int, alpha: float) -> None:
+        super().__init__()
+        self.attention = nn.Parameter(0.3 * torch.randn(heads, dim, dim))
+        self.query = nn.Parameter(0.3 * torch.randn(heads, neurons, dim))
+        self.value = nn.Parameter(torch.randn(heads, neurons, fields))
+        self.entmax = TextbookEntmax(alpha)
+
+    def forward(self, e: Tensor) -> Tensor:
+        keys = torch.einsum("bfe,ked->bkfd", e, self.attention)
+        gates = self.entmax(torch.einsum("kod,bkfd->bkof", self.query, keys))
+        return torch.einsum("bkof,bfe->bkoe", gates * self.value, e).exp()
 
 
 class TextbookTable(nn.Module):
@@ -115,6 +173,22 @@ def forward_only(table: nn.Module, ids: Tensor) -> Callable[[], object]:
     return step
 
 
+def armnet(rows: int, device: str, compare: Callable[..., None]) -> None:
+    """Compare α-entmax alone, and in the neurons, for the shapes of Frappe and Criteo."""
+    for fields, count in ((10, 256), (39, 64)):
+        for alpha in (1.5, 1.7, 2.0, 2.5):
+            # The textbook has the fields last: it sorts and adds up along them there.
+            scores = torch.randn(rows // 4, fields, count, device=device)
+            name = f"entmax {alpha}, {fields} fields, {count} neurons, {rows // 4} rows"
+            ours, textbook = FieldsFirst(alpha), TextbookEntmax(alpha)
+            compare(name, dense_step, ours, textbook, scores, scores.transpose(1, 2).contiguous())
+    for alpha in (1.5, 2.0):
+        e = torch.randn(rows // 4, 10, 10, device=device)
+        neurons = ExponentialNeurons(10, 10, 8, 32, alpha, scale=False, limit=None)
+        name = f"exponential neurons, α {alpha}, 10 fields, 8 heads of 32, {rows // 4} rows"
+        compare(name, dense_step, neurons, TextbookNeurons(10, 10, 8, 32, alpha), e)
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -129,12 +203,17 @@ def main() -> None:
         print(f"{name:<52} {ours:8.1f} ms   textbook {theirs:8.1f} ms   ratio {theirs / ours:5.2f}")
 
     def compare(
-        name: str, make: Callable[..., Callable[[], object]], ours: nn.Module, other: nn.Module, x: Tensor
+        name: str,
+        make: Callable[..., Callable[[], object]],
+        ours: nn.Module,
+        other: nn.Module,
+        x: Tensor,
+        other_x: Tensor | None = None,
     ) -> None:
         report(
             name,
             median(make(ours.to(device), x), args.repeats, device),
-            median(make(other.to(device), x), args.repeats, device),
+            median(make(other.to(device), x if other_x is None else other_x), args.repeats, device),
         )
 
     print(f"rows {rows}, threads {torch.get_num_threads()}, device {device}, median of {args.repeats}")
@@ -147,6 +226,8 @@ def main() -> None:
         compare(name, dense_step, ours, TextbookAutoInt(dim, width, heads, layers), e)
         cross = CrossNet(seen, layers=3)
         compare(f"cross {fields} fields x {dim}, 3 layers", dense_step, cross, TextbookCross(fields * dim, 3), e)
+
+    armnet(rows, device, compare)
 
     for size in (128, 2_560, 25_600):
         schema = EncodedSchema(tuple(Field(f"f{i}", size) for i in range(39)))
