@@ -238,3 +238,11 @@ def test_every_rule_is_an_option_and_is_tested() -> None:
     for name, (rule, _, _, _, _, policies) in CASES.items():
         kinds = get_args(BadRows.model_fields[rule].annotation)
         assert set(policies) == set(kinds), name
+
+
+def test_the_readme_has_every_rule() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for name, field in BadRows.model_fields.items():
+        if name != "budget":
+            kinds = ", ".join(f"`{kind}`" for kind in get_args(field.annotation))
+            assert f"| `{name}` | {field.description} | `{field.default}` | {kinds} |" in readme
