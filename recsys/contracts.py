@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,6 +189,15 @@ class Embedding(Protocol):
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
         """As of `torch.nn.Module`."""
+        ...
+
+
+@runtime_checkable
+class Regularised(Protocol):
+    """An embedding, sequence encoder or interaction with a term of its own in the loss. They need not have one."""
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss of the batch that `forward` saw last in training, `[]`."""
         ...
 
 

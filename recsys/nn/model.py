@@ -101,8 +101,12 @@ class Model(nn.Module):
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def penalty(self) -> Tensor:
-        """The selector's regularisation, `[]`."""
-        return self.selector.penalty()
+        """The regularisation of the selector, and of every other part that has one, `[]`."""
+        total = self.selector.penalty()
+        for part in (self.embedding, *self.sequences, *self.interactions):
+            if isinstance(part, contracts.Regularised):
+                total = total + part.penalty()
+        return total
 
     def prune(self, selection: Selection) -> Model:
         """Return a new, smaller model without the selector; this one stays as it is.
