@@ -1,0 +1,1 @@
+"""Tables of recipes × seeds: run, resumed, summed up beside published numbers."""
