@@ -53,7 +53,7 @@ def naming(path: str) -> Iterator[None]:
     """Turn what Polars or the system raises while reading `path` into a `DataError` that names it."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         first = str(error).strip().split("\n")[0]
         hint = _utf8_hint(path) if "utf" in first.lower() else ""
         hint = hint or (" (is the file truncated?)" if "PAR1" in first or "out of spec" in first else "")

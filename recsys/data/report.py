@@ -104,7 +104,8 @@ class EncodeReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{split}: {s.rows:,} rows; " + ", ".join(f"{t} {_share(p, s.rows)}" for t, p in s.positives.items())
+            f"{split}: {s.rows:,} rows{f', {s.aside:,} set aside' if s.aside else ''}; "
+            + ", ".join(f"{t} {_share(p, s.rows)}" for t, p in s.positives.items())
             for split, s in self.splits.items()
         ]
         header, rows = self.table()

@@ -45,8 +45,11 @@ def header(path: str, separator: str) -> list[str]:
     """Return the column names of a text file.
 
     Raises:
-        DataError: one column where another separator would give more, or repeated names, with both positions.
+        DataError: no text of lines in UTF-8; one column where another separator would give more; or repeated names,
+            with both positions.
     """
+    with open(path, "rb") as raw:
+        _refuse_other_bytes(path, raw.read(_HEADER_BYTES))
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         line = file.readline(_HEADER_BYTES)
     names = next(csv.reader([line], delimiter=separator), [])
@@ -60,6 +63,16 @@ def header(path: str, separator: str) -> list[str]:
             raise DataError(f"{path}: column {name!r} appears twice, at positions {positions[name]} and {position}")
         positions[name] = position
     return names
+
+
+def _refuse_other_bytes(path: str, first: bytes) -> None:
+    """Raise an error for what a reader of lines would take for an empty file, or for one column with an odd name."""
+    if first.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}: compressed by gzip; unpack it first")
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: text in UTF-16; save the file as UTF-8")
+    if b"\r" in first and b"\n" not in first:
+        raise DataError(f"{path}: lines end with carriage returns only; save the file with line feeds")
 
 
 def text_blocks(path: str, separator: str, columns: Sequence[str], rows: int) -> Iterator[TextBlock]:

@@ -1,6 +1,8 @@
 """What people feed a trainer by mistake: a clear error with file, column and row, or a count. One test per case."""
 
+import gzip
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -129,6 +131,20 @@ def test_b9_a_repeated_column_name_gives_both_positions(run: Prepare, tmp_path: 
         run()
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_b9_a_repeated_column_name_in_a_binary_file_is_named(run: Prepare, tmp_path: Path, suffix: str) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.Table.from_arrays([arrow.array([1, 2])] * 2 + [arrow.array([0, 1])], names=["user", "user", "y"])
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "parquet":
+        importlib.import_module("pyarrow.parquet").write_table(table, path)
+    else:
+        with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=f"^{path}: cannot be read: "):
+        run({"train": path.name}, categorical=["user"], numeric=[])
+
+
 def test_b10_columns_are_taken_by_name(run: Prepare, tmp_path: Path) -> None:
     GOOD.write_parquet(tmp_path / "a.parquet")
     GOOD.select("y", "price", "city", "user").write_parquet(tmp_path / "b.parquet")
@@ -210,6 +226,7 @@ def test_b15_too_few_or_too_many_fields(run: Prepare, tmp_path: Path, row: str, 
     prepared = run(bad_rows={"budget": 0.2})
     assert len(prepared.splits["train"]) == 5
     assert prepared.report.splits["train"].aside == 1
+    assert "train: 5 rows, 1 set aside; label" in str(prepared.report)
     aside = pl.read_parquet(prepared.folder / "quarantine.parquet")
     assert aside.rows() == [(str(path), 4, None, row, "fields", what)]
 
@@ -242,6 +259,22 @@ def test_b17_lines_that_are_not_utf8_or_have_a_nul(run: Prepare, tmp_path: Path,
 def test_b17_a_byte_order_mark_is_no_part_of_the_first_name(run: Prepare, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbf" + (HEADER + ROWS).encode())
     assert len(run().splits["train"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (gzip.compress((HEADER + ROWS).encode()), "compressed by gzip; unpack it first"),
+        ((HEADER + ROWS).encode("utf-16"), "text in UTF-16; save the file as UTF-8"),
+        ((HEADER + ROWS).replace("\n", "\r").encode(), "lines end with carriage returns only"),
+    ],
+    ids=["gzip", "utf-16", "carriage returns"],
+)
+def test_b17_b18_other_bytes_under_the_name_of_text(run: Prepare, tmp_path: Path, raw: bytes, told: str) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=f"^{path}: {told}"):
+        run()
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])

@@ -158,10 +158,8 @@ def suffixes(dtype: pl.DataType) -> list[str]:
     return ["csv", "parquet"] if dtype == pl.String else ["arrow"] if dtype == pl.Int128 else ["parquet", "arrow"]
 
 
-@pytest.mark.parametrize("name", CASES)
-@settings(max_examples=25)
-@given(data=st.data())
-def test_a_rule_is_broken_by_the_rows_of_the_reference(name: str, data: st.DataObject) -> None:
+def compare(name: str, data: st.DataObject) -> None:
+    """Write rows, apply a rule, and compare what is refused, set aside and kept with the reference."""
     rule, values, dtype, block, is_wrong, policies = CASES[name]
     suffix = data.draw(st.sampled_from(suffixes(dtype)))
     if suffix == "csv":  # a file of text has no empty values beside missing ones
@@ -211,6 +209,21 @@ def test_a_rule_is_broken_by_the_rows_of_the_reference(name: str, data: st.DataO
         assert set(found["rule"]) <= {rule}
         assert set(found["column"]) <= {"x"}
         assert (quarantine.rows, quarantine.seen) == (len(aside), len(drawn))
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_a_rule_is_broken_by_the_rows_of_the_reference(name: str, data: st.DataObject) -> None:
+    compare(name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=1000)
+@given(data=st.data())
+def test_a_thousand_cases_of_each_rule(name: str, data: st.DataObject) -> None:
+    compare(name, data)
 
 
 @settings(max_examples=30)
