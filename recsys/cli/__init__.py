@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from recsys.cli import bench, check, encode, evaluate, list, new_plugin, plugins, predict, schema, show, simulate, train
+from recsys.cli import (
+    bench,
+    check,
+    encode,
+    evaluate,
+    explain,
+    list,
+    new_plugin,
+    plugins,
+    predict,
+    schema,
+    show,
+    simulate,
+    train,
+)
 from recsys.errors import RecsysError
 
 app = typer.Typer(
@@ -25,6 +39,7 @@ app.command("check", help=check.command.__doc__)(check.command)
 app.command("encode", help=encode.command.__doc__)(encode.command)
 app.command("evaluate", help=evaluate.command.__doc__)(evaluate.command)
 app.command("bench", help=bench.command.__doc__)(bench.command)
+app.command("explain", help=explain.command.__doc__)(explain.command)
 app.command("predict", help=predict.command.__doc__)(predict.command)
 app.command("list", help=list.command.__doc__)(list.command)
 app.command("show", help=show.command.__doc__)(show.command)
