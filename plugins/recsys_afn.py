@@ -33,7 +33,7 @@ class LogarithmicLayer(nn.Module):
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, D · neurons]`."""
         kind = e.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return self._products(e)
         with torch.autocast(kind, enabled=False):
             return self._products(e.float())

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from recsys.api import Component, Fields, MLPBlock, RecipeError, Share, hookimpl, linear
@@ -18,8 +18,8 @@ class FinalMLP(nn.Module):
     x_s = 2 σ(MLP_s(c_s)) ∘ flatten(e),  h_s = MLP'_s(x_s),
     logit = w₁ᵀ h_1 + w₂ᵀ h_2 + Σ_k h_1⁽ᵏ⁾ᵀ W_k h_2⁽ᵏ⁾, h⁽ᵏ⁾ the k-th of `heads` equal parts; the head adds b.
 
-    c_s are the embeddings of the stream's context fields, or one learned vector. The context reads the same
-    embeddings as the perceptrons, where the authors' code learns tables for it alone.
+    c_s are the embeddings of the stream's context fields, or one learned vector. The authors' code learns tables for
+    the contexts alone; so does this with `context_dims`, in the last dimensions of the one table.
 
     Mao et al., "FinalMLP: An Enhanced Two-Stream MLP Model for CTR Prediction", AAAI 2023, arXiv 2304.00902.
 
@@ -33,6 +33,8 @@ class FinalMLP(nn.Module):
         gate_hidden: width of each hidden layer of the gates.
         first_context: names of the fields that steer the first gate; none: a learned vector.
         second_context: names of the fields that steer the second gate; none: a learned vector.
+        context_dims: so many of the embedding's dimensions, the last ones, are the contexts' alone, and the perceptrons
+            read the others; 0: both read the whole embedding.
     """
 
     def __init__(
@@ -48,11 +50,20 @@ class FinalMLP(nn.Module):
         gate_hidden: tuple[PositiveInt, ...] = (64,),
         first_context: tuple[str, ...] = (),
         second_context: tuple[str, ...] = (),
+        context_dims: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        width = len(fields) * fields.dim
+        if context_dims >= fields.dim:
+            raise RecipeError(
+                f"context_dims is {context_dims} of {fields.dim} dimensions: none is left to the perceptrons"
+            )
+        if context_dims and not gates:
+            raise RecipeError("context_dims are dimensions for the gates, which are off")
+        self.context_dims = context_dims
+        width = len(fields) * (fields.dim - context_dims)
         contexts = (first_context, second_context) if gates else ()
-        self.gates = nn.ModuleList(Gate(fields, context, gate_hidden) for context in contexts)
+        steering = Fields(fields.names, fields.rows, context_dims or fields.dim)
+        self.gates = nn.ModuleList(Gate(steering, context, gate_hidden, width) for context in contexts)
         stacks = [MLPBlock(width, hidden, batch_norm=batch_norm, dropout=dropout) for hidden in (first, second)]
         self.stacks = nn.ModuleList(stacks)
         widths = [stack.width for stack in stacks]
@@ -66,8 +77,9 @@ class FinalMLP(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, 1]`."""
-        x = e.flatten(1)  # [B, F·D]
-        seen = [x * gate(e) for gate in self.gates] or [x, x]
+        inputs, contexts = self._split(e)
+        x = inputs.flatten(1)  # [B, F·D]
+        seen = [x * gate(contexts) for gate in self.gates] or [x, x]
         one, two = (stack(s) for stack, s in zip(self.stacks, seen, strict=True))  # [B, H_1], [B, H_2]
         first_order = self.linears[0](one) + self.linears[1](two)  # [B, 1]
         heads = len(self.weight)
@@ -78,7 +90,14 @@ class FinalMLP(nn.Module):
 
     def explain(self, e: Tensor) -> Mapping[str, Tensor]:
         """`gate.<stream> [B, F]`: mean of each field's gates, between 0 and 2."""
-        return {f"gate.{s}": gate(e).view(e.shape).mean(2) for s, gate in enumerate(self.gates, 1)}
+        inputs, contexts = self._split(e)
+        return {f"gate.{s}": gate(contexts).view(inputs.shape).mean(2) for s, gate in enumerate(self.gates, 1)}
+
+    def _split(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """What the perceptrons read of `e [B, F, D]`, and what the gates read."""
+        if not self.context_dims:
+            return e, e
+        return e[:, :, : -self.context_dims], e[:, :, -self.context_dims :]
 
 
 class Gate(nn.Module):
@@ -87,6 +106,7 @@ class Gate(nn.Module):
     Args:
         context: names of the fields to look at; none: a learned vector, the same for every row.
         hidden: width of each hidden layer.
+        width: number of inputs to gate.
 
     Raises:
         RecipeError: there is no such field.
@@ -94,7 +114,7 @@ class Gate(nn.Module):
 
     index: Tensor
 
-    def __init__(self, fields: Fields, context: tuple[str, ...], hidden: tuple[int, ...]) -> None:
+    def __init__(self, fields: Fields, context: tuple[str, ...], hidden: tuple[int, ...], width: int) -> None:
         super().__init__()
         for name in context:
             if name not in fields.names:
@@ -105,10 +125,10 @@ class Gate(nn.Module):
         self.register_buffer("index", torch.tensor(places, dtype=torch.int64), persistent=False)
         self.learned = None if context else nn.Parameter(torch.zeros(1, fields.dim))
         self.stack = MLPBlock(max(1, len(context)) * fields.dim, hidden)
-        self.last = linear(self.stack.width, len(fields) * fields.dim)
+        self.last = linear(self.stack.width, width)
 
     def forward(self, e: Tensor) -> Tensor:
-        """`[B, F, D] -> [B, F·D]`, between 0 and 2."""
+        """`[B, F, D] -> [B, width]`, between 0 and 2."""
         context = e.index_select(1, self.index).flatten(1) if self.learned is None else self.learned
         gates: Tensor = 2.0 * torch.sigmoid(self.last(self.stack(context)))
         return gates.expand(e.shape[0], -1)  # a learned vector gives one row for all

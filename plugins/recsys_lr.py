@@ -43,4 +43,4 @@ def _full(e: Tensor) -> Tensor:
 @hookimpl
 def recsys_components() -> list[Component]:
     """Return the interaction."""
-    return [Component("interaction", "lr", LR)]
+    return [Component("interaction", "logistic_regression", LR)]

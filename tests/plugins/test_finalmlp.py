@@ -13,6 +13,7 @@ OPTIONS = [
     {"heads": 2, "first_context": ("f0",), "second_context": ("f2", "f1")},
     {"batch_norm": True, "dropout": 0.4},
     {"gates": False, "heads": 2},
+    {"context_dims": 2, "first_context": ("f1", "f2")},
 ]
 
 
@@ -24,16 +25,17 @@ def test_contract(options):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_outputs_and_gradients_are_those_of_the_equations(options):
-    model = randomised(FinalMLP(fields(3, 2), **SMALL, **options))
+    model = randomised(FinalMLP(fields(3, 4), **SMALL, **options))
+    own = options.get("context_dims", 0)
     contexts = [options.get(f"{s}_context", ()) for s in ("first", "second")]
 
     def loop(row):
         h = []
         for s, stack in enumerate(model.stacks):
-            x = row.flatten()
+            x, seen = row[:, : 4 - own].flatten(), row[:, 4 - own :] if own else row
             if options.get("gates", True):
                 gate = model.gates[s]
-                c = torch.cat([row[int(name[1:])] for name in contexts[s]]) if contexts[s] else gate.learned[0]
+                c = torch.cat([seen[int(name[1:])] for name in contexts[s]]) if contexts[s] else gate.learned[0]
                 z = gate.last.weight @ mlp_loop(gate.stack, c) + gate.last.bias
                 x = x * 2 / (1 + (-z).exp())
             h.append(mlp_loop(stack, x))
@@ -47,7 +49,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(options):
                     logit = logit + one[k * a + i] * model.weight[k, i, j] * two[k * b + j]
         return logit.reshape(1)
 
-    assert_equal_to_loop(model, loop, vectors(3, 3, 2))
+    assert_equal_to_loop(model, loop, vectors(3, 3, 4))
 
 
 def test_gates_start_near_one_and_depend_on_their_context_only():
@@ -68,14 +70,17 @@ def test_gates_start_near_one_and_depend_on_their_context_only():
     assert torch.allclose(shown["gate.1"][:, 2], gates[:, 6:9].mean(1))
 
 
-def test_parameters():
+def test_parameters_are_the_published_count():
     model = FinalMLP(
-        fields(10, 10), first=(400,), second=(100,), batch_norm=True, heads=5, gate_hidden=(400,),
-        first_context=("f0",), second_context=("f1",),
+        fields(10, 20), first=(400,), second=(100,), batch_norm=True, heads=5, gate_hidden=(400,),
+        first_context=("f0",), second_context=("f1",), context_dims=10,
     )  # fmt: skip
     gates = 2 * (10 * 400 + 400 + 400 * 100 + 100)
     streams = 100 * 400 + 3 * 400 + 100 * 100 + 3 * 100
-    assert sum(p.numel() for p in model.parameters()) == gates + streams + 500 + 5 * 80 * 20
+    count = gates + streams + 500 + 5 * 80 * 20
+    assert sum(p.numel() for p in model.parameters()) == count
+    tables = 10 * (5399 + 956 + 4084)  # all fields; user and item once more, for the contexts
+    assert count + tables + 2 == 253_392, "the published run has a bias for each stream"
 
 
 def test_wrong_options_are_named():
@@ -83,6 +88,10 @@ def test_wrong_options_are_named():
         FinalMLP(fields(3, 2), second_context=("f9",))
     with pytest.raises(RecipeError, match="last widths 6 and 4 cannot both be split into 4 heads"):
         FinalMLP(fields(3, 2), first=(6,), second=(4,), heads=4)
+    with pytest.raises(RecipeError, match="context_dims is 2 of 2 dimensions: the perceptrons need some"):
+        FinalMLP(fields(3, 2), context_dims=2)
+    with pytest.raises(RecipeError, match="the gates, which are off"):
+        FinalMLP(fields(3, 2), context_dims=1, gates=False)
 
 
 def test_it_learns_xor():
