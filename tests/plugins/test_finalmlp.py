@@ -88,7 +88,7 @@ def test_wrong_options_are_named():
         FinalMLP(fields(3, 2), second_context=("f9",))
     with pytest.raises(RecipeError, match="last widths 6 and 4 cannot both be split into 4 heads"):
         FinalMLP(fields(3, 2), first=(6,), second=(4,), heads=4)
-    with pytest.raises(RecipeError, match="context_dims is 2 of 2 dimensions: the perceptrons need some"):
+    with pytest.raises(RecipeError, match="context_dims is 2 of 2 dimensions: none is left to the perceptrons"):
         FinalMLP(fields(3, 2), context_dims=2)
     with pytest.raises(RecipeError, match="the gates, which are off"):
         FinalMLP(fields(3, 2), context_dims=1, gates=False)
