@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from recsys.data.layout import id_type
 from recsys.data.prepare import prepare
 from recsys.data.schema import DataConfig
 from recsys.data.sources import DataRoot, Files
@@ -71,8 +71,8 @@ def encode(logs: Path, batch_rows: int) -> dict[str, float]:
         prepared = prepare(config, Files(DataRoot((logs,)), train=str(logs)), Path(cache))
         seconds = time.perf_counter() - wall
         shards, fields = prepared.splits["train"], prepared.encoder.schema.fields
-        # What the smallest whole number of bytes for every id, a float per number and a byte per label would take.
-        needed = 1 + sum(4 if f.numeric else math.ceil(math.log2(f.rows) / 8) for f in fields)
+        # The smallest integer type that holds every id of a field, a float per number, and a byte for the label.
+        needed = 1 + sum(4 if f.numeric else id_type(f.rows).itemsize for f in fields)
         return {
             "rows": len(shards),
             "seconds": seconds,
