@@ -24,18 +24,22 @@ def test_lists_and_empty_options_mean_defaults() -> None:
 
 def test_field_options_win_over_defaults() -> None:
     block = parse(
-        defaults={"min_count": 5, "null_values": "?"},
+        defaults={"min_count": 5, "null_values": "?", "normalize": "strip", "max_bytes": 99},
         categorical={
             "a": None,
-            "b": {"min_count": 1, "null_values": []},
+            "b": {"min_count": 1, "null_values": [], "normalize": ["nfc", "lower"], "max_bytes": 7},
             "h": {"hash_buckets": 8},
-            "s": {"share": "a"},
+            "s": {"share": "b"},
         },
     )
-    assert block.options("a") == Categorical(min_count=5, null_values=("?",))
-    assert block.options("b") == Categorical(min_count=1, null_values=())
-    assert block.options("h") == Categorical(hash_buckets=8, null_values=("?",))
-    assert block.options("s") == Categorical(share="a", null_values=("?",))
+    common: dict[str, Any] = {"null_values": ("?",), "normalize": ("strip",), "max_bytes": 99}
+    assert block.options("a") == Categorical(min_count=5, **common)
+    own: dict[str, Any] = {"normalize": ("nfc", "lower"), "max_bytes": 7}
+    assert block.options("b") == Categorical(min_count=1, null_values=(), **own)
+    assert block.options("h") == Categorical(hash_buckets=8, **common)
+    found = block.options("s")
+    assert (found.share, found.null_values, found.min_count) == ("b", ("?",), None)
+    assert (found.normalize, found.max_bytes) == (own["normalize"], own["max_bytes"]), "those of the vocabulary's owner"
 
 
 def test_columns_are_listed_once() -> None:
