@@ -197,6 +197,19 @@ def test_compiled_code_takes_another_way_to_the_same_result(alpha, monkeypatch):
     assert torch.allclose(entmax(s, alpha, 1), here, atol=1e-7 if alpha > 2 else 1e-12)
 
 
+def test_it_compiles_as_one_graph_both_ways():
+    torch.manual_seed(0)
+    model = ARMNetPlus(fields(5, 8), alpha=1.5, heads=2, neurons=3)
+    other = ARMNetPlus(fields(5, 8), alpha=1.5, heads=2, neurons=3)
+    other.load_state_dict(model.state_dict())
+    e = torch.randn(6, 5, 8, requires_grad=True)
+    above = torch.randn(6, model.width)
+    here, there = model(e), torch.compile(other, fullgraph=True, backend="eager")(e)
+    assert torch.allclose(here, there, atol=1e-4)
+    (ours,), (theirs,) = (torch.autograd.grad(out, e, above) for out in (here, there))
+    assert torch.allclose(ours, theirs, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_are_solved_in_float32(dtype):
     torch.manual_seed(0)
