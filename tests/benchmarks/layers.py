@@ -21,6 +21,7 @@ from recsys.nn.table import Table
 from recsys.train.memory import keep_freed_memory
 from recsys_armnet import ExponentialNeurons, entmax
 from recsys_autoint import AutoInt
+from recsys_din import DIN
 
 
 class TextbookAutoInt(nn.Module):
@@ -115,6 +116,35 @@ class TextbookNeurons(nn.Module):
         return torch.einsum("bkof,bfe->bkoe", gates * self.value, e).exp()
 
 
+class TextbookDice(nn.Module):
+    """Batch norm over all positions, and the rectifier as the paper writes it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-8)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, s: Tensor) -> Tensor:
+        p = torch.sigmoid(self.norm(s.flatten(0, 1)).view_as(s))
+        return p * s + (1 - p) * self.alpha * s
+
+
+class TextbookDIN(nn.Module):
+    """The input of the first layer written out for every position, padding included."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(4 * width, 80), TextbookDice(80), nn.Linear(80, 40), TextbookDice(40), nn.Linear(40, 1)
+        )
+
+    def forward(self, target: Tensor, history: Tensor, length: Tensor) -> Tensor:
+        q = target.unsqueeze(1).expand_as(history)
+        weight = self.network(torch.cat([q, history, q - history, q * history], -1))
+        valid = torch.arange(history.shape[1], device=history.device) < length.unsqueeze(1)
+        return (weight * valid.unsqueeze(-1) * history).sum(1)
+
+
 class TextbookTable(nn.Module):
     """One embedding per field, stacked."""
 
@@ -173,6 +203,31 @@ def forward_only(table: nn.Module, ids: Tensor) -> Callable[[], object]:
     return step
 
 
+def sequence_step(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    """Forward and backward of a sequence encoder, gradients of target and history too."""
+    target, history, length = inputs
+
+    def step() -> None:
+        module.zero_grad()
+        module(target.detach().requires_grad_(), history.detach().requires_grad_(), length).sum().backward()
+
+    return step
+
+
+def din(rows: int, device: str, compare: Callable[..., None]) -> None:
+    """Compare DIN's unit on histories of up to 50 events, of different mean lengths."""
+    for width in (16, 32, 64):
+        target, history = (
+            0.1 * torch.randn(rows, width, device=device),
+            0.1 * torch.randn(rows, 50, width, device=device),
+        )
+        for mean in (5, 10, 20, 50):
+            length = torch.full((rows,), 50.0) if mean == 50 else torch.empty(rows).exponential_(1 / mean).clamp(0, 50)
+            name = f"din, W {width}, {float(length.long().float().mean()):.1f} of 50 events, {rows} rows"
+            inputs = (target, history, length.long().to(device))
+            compare(name, sequence_step, DIN(width), TextbookDIN(width), inputs)
+
+
 def armnet(rows: int, device: str, compare: Callable[..., None]) -> None:
     """Compare α-entmax alone, and in the neurons, for the shapes of Frappe and Criteo."""
     for fields, count in ((10, 256), (39, 64)):
@@ -228,6 +283,7 @@ def main() -> None:
         compare(f"cross {fields} fields x {dim}, 3 layers", dense_step, cross, TextbookCross(fields * dim, 3), e)
 
     armnet(rows, device, compare)
+    din(rows // 4, device, compare)
 
     for size in (128, 2_560, 25_600):
         schema = EncodedSchema(tuple(Field(f"f{i}", size) for i in range(39)))
