@@ -22,7 +22,7 @@ class CIN(nn.Module):
 
     Cost of a layer: B · D · H_{k-1} · F · H_k multiplications in one product, on vectors that lie field by field,
     `[H, B·D]`. The first layer crosses the fields with themselves, where i, j and j, i are the same product: it works
-    on the two halves of the fields, three products of `[F/2 · F/2, B·D]` at most, three quarters of the work and no
+    on the two halves of the fields, first × first, last × last and first × last: three quarters of the work and no
     tensor `[B, F, F, D]`. The later ones build `[H_{k-1} · F, B·D]` or, when the layer has fewer maps than the one
     before, mix first and build `[H_k · F, B·D]`.
 
@@ -92,8 +92,9 @@ def _square(weight: Tensor, x: Tensor) -> Tensor:
     half = (x.shape[0] + 1) // 2
     first, last = x[:half], x[half:]
     mixed = weight[:, :half, half:] + weight[:, half:, :half].transpose(1, 2)  # the same products twice
-    y = _outer_first(weight[:, :half, :half], first, first)
-    return y + _outer_first(weight[:, half:, half:], last, last) + _outer_first(mixed, first, last)
+    blocks = (weight[:, :half, :half], weight[:, half:, half:], mixed)
+    products = [_outer(a, b) for a, b in ((first, first), (last, last), (first, last))]
+    return torch.cat([w.flatten(1) for w in blocks], 1) @ torch.cat(products)  # [H, ¾ F²] @ [¾ F², N]
 
 
 def _cross(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -103,13 +104,18 @@ def _cross(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _outer_first(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """As `_cross`, by way of `[I·J, N]`."""
-    return weight.flatten(1) @ (a.unsqueeze(1) * b).flatten(0, 1)
+    return weight.flatten(1) @ _outer(a, b)
 
 
 def _mix_first(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """As `_cross`, by way of `[H·J, N]`."""
     mixed = weight.transpose(1, 2).flatten(0, 1) @ a  # [H·J, N]
     return (mixed.view(weight.shape[0], weight.shape[2], -1) * b).sum(1)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a_i ∘ b_j, `[I, N], [J, N] -> [I·J, N]`."""
+    return (a.unsqueeze(1) * b).flatten(0, 1)
 
 
 @hookimpl
