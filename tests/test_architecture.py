@@ -23,6 +23,7 @@ LAYERS = (
     "report",
     "plugin",
     "recipe",
+    "bench",
     "api",
     "testing",
     "cli",
