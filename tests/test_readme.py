@@ -206,6 +206,6 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_scripts_that_are_named_exist() -> None:
-    scripts = [words[1] for words in LINES if words[0] == "python"]
+    scripts = [words[words.index("python") + 1] for words in LINES if "python" in words]
     assert scripts
     assert [name for name in scripts if not (ROOT / name).is_file()] == []

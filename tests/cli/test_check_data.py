@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
-from click.testing import Result
 from typer.testing import CliRunner
 
 from recsys.cli.check import command
@@ -22,7 +21,7 @@ from recsys.recipe.build import build_source, data_root
 from recsys.recipe.check import load_recipe
 from recsys.recipe.describe import dry_run, expected_memory
 
-Call = Callable[..., Result]
+Call = Callable[..., Any]
 RECIPE = """
 data:
   source: {{use: files, train: {0}/train.parquet, test: {0}/test.parquet}}

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 import recsys
+from recsys.bench.table import read_table
 from recsys.data.encode import Encoder
 from recsys.errors import DataError, RecsysError
 from recsys.plugin.registry import Registry, load_registry
@@ -20,7 +21,8 @@ from recsys.recipe.check import find_recipe, load_recipe
 from recsys.recipe.describe import dry_run
 
 FOLDER = Path(recsys.__file__).parent.parent / "recipes"
-RECIPES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
+RECIPES = sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.yaml") if p.parent.name != "tables")
+TABLES = sorted((FOLDER / "tables").glob("*.yaml"))
 ON_DATA = [name for name in RECIPES if name != "quickstart.yaml"]
 
 
@@ -97,3 +99,10 @@ def test_a_wrong_root_is_not_a_crash(registry: Registry, tmp_path: Path) -> None
     (tmp_path / "adult" / "train.parquet").write_bytes(b"PAR1 but no parquet")
     with pytest.raises(RecsysError, match=r"train\.parquet"):
         dry_run(recipe, registry, tmp_path, 100)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_tables_name_recipes_that_are_sound_and_say_where_published_values_are_from(path: Path) -> None:
+    bench = read_table(path, load_registry())
+    assert len({entry.name for entry in bench.entries}) == len(bench.entries) > 1
+    assert all(entry.source for entry in bench.entries if entry.published)
