@@ -17,6 +17,7 @@ from recsys.contracts import EncodedSchema, Field
 from recsys.data.batches import TrainBatches
 from recsys.data.blocks import EncodedColumns
 from recsys.data.shards import Shards, write_blocks
+from recsys.train.memory import keep_freed_memory
 
 NUMERIC, CATEGORICAL = 13, 26
 SUPPLY_ROWS = 202_027
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4096)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for columns in (10, 39):

@@ -198,6 +198,8 @@ def test_a_layout_takes_the_bytes_it_needs_and_no_two_overlap(rows: list[int | N
     assert taken[-1][1] <= layout.size
     assert all(run.offset % run.dtype.itemsize == 0 for run in layout.ids)
     assert sorted(i for run in (*layout.ids, *layout.numbers) for i in run.columns) == list(range(len(fields)))
+    for run in layout.ids:
+        assert all(fields[i].rows - 1 <= np.iinfo(run.dtype).max for i in run.columns)
     needed = sum(4 if r is None else 1 if r <= 256 else 2 if r <= 65_536 else 4 for r in rows) + 1 + 4 + 8
     assert needed <= layout.size <= 1.05 * needed
     assert len(layout.ids) <= 3
