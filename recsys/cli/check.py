@@ -165,7 +165,8 @@ def _print_examination(console: Console, found: Examination, schema: EncodedSche
     times = list(dict.fromkeys(column for split in found.splits.values() for column in split.times))
     table = _table("split", "rows", *(f"{escape(t)} positive" for t in tasks), *(escape(t) for t in times))
     for name, split in found.splits.items():
-        cells = [f"{split.positives[t] / split.examined:.3%}" if split.positives else "–" for t in tasks]
+        known = split.positives if split.examined else {}
+        cells = [f"{known[t] / split.examined:.3%}" if t in known else "–" for t in tasks]
         for column in times:
             time = split.times[column]
             cells.append(f"{time.shown(time.low)} to {time.shown(time.high)}")

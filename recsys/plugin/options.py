@@ -281,12 +281,35 @@ def _message(
             return f"{where}: '{component}' needs the option '{name}'. {known}"
         return f"{join(where, loc)}: '{component}' has no option '{name}'.{did_you_mean(name, names)} {known}"
     if kind == "extra_forbidden":
-        return f"{join(where, loc)}: unknown key"
+        keys = sorted({name for inner in _inside(model, loc[:-1]) for name in inner.model_fields})
+        known = f".{did_you_mean(str(loc[-1]), keys)} Keys: {', '.join(keys)}" if keys else ""
+        return f"{join(where, loc)}: unknown key{known}"
     if kind == "missing":
         return f"{join(where, loc)}: this key is missing"
     got = reprlib.repr(details[0]["input"])
     wanted = list(dict.fromkeys(_expected(detail) for detail in details))
     return f"{join(where, loc)}: {' or '.join(wanted)}, got {got}".replace(" or expected ", " or ")
+
+
+def _inside(model: type[pydantic.BaseModel], path: Path) -> list[type[pydantic.BaseModel]]:
+    """Return the models that may stand at a path of a model's values: several where a union leaves the choice."""
+    if not path:
+        return [model]
+    named = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    inner = _models(named.get(str(path[0])))
+    found = []
+    for part, depth in inner:  # of a mapping or a list, the next step is one of its keys
+        if depth < len(path):
+            found += _inside(part, path[1 + depth :])
+    return found
+
+
+def _models(annotation: Any, depth: int = 0) -> list[tuple[type[pydantic.BaseModel], int]]:
+    """Return the models in an annotation, and how many mappings or lists they are in."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [(annotation, depth)]
+    inside = depth + (typing.get_origin(annotation) in (dict, list, tuple))
+    return [found for part in typing.get_args(annotation) for found in _models(part, inside)]
 
 
 def _expected(detail: ErrorDetails) -> str:

@@ -175,3 +175,10 @@ def test_recipes_have_no_errors(call: Call, name: str, request: pytest.FixtureRe
     assert found["counts"]["error"] == 0
     assert all(split["examined"] <= 5000 for split in found["splits"].values())
     assert not [f for f in found["findings"] if f["code"] in ("leak", "unique", "constant")]
+
+
+def test_a_split_without_rows_is_told(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "few.csv").write_text("user,price,y\n1,0.5,0\n2,abc,1\n3,0.7,1\n4,0.1,0\n")
+    result = call(tmp_path / "few.csv")
+    assert result.exit_code == 0
+    assert result.output.count("no rows; give the split more rows, or drop it") == 2

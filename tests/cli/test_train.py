@@ -265,6 +265,9 @@ def test_an_error_in_two_processes_is_one_message(tmp_path: Path) -> None:
         (["quickstart", "model.interaction=autoit"], r"unknown interaction 'autoit'\. Did you mean 'autoint'\?"),
         (["quickstart", "model.interaktion=fm"], r"unknown part 'interaktion'\. Did you mean 'interaction'\?"),
         (["quickstart", "losses=bce"], r"unknown key 'losses'\. Did you mean 'loss'\?"),
+        (["adult/dcnv2", "data.bad_rows.numbr=map"], r"data\.bad_rows\.numbr: unknown key\. Did you mean 'number'\?"),
+        (["adult/dcnv2", "data.numeric.age.transfrm=log"], r"age\.transfrm: unknown key\. Did you mean 'transform'\?"),
+        (["adult/dcnv2", "data.split.colum=x"], r"split\.colum: unknown key\. Did you mean 'column'\?"),
         (
             ["quickstart", "stages[1].metrics=[auk]"],
             r"stages\[1\]\.metrics\[0\]: unknown metric 'auk'\. Did you mean 'auc'\?",
