@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field as Limits
@@ -18,9 +18,46 @@ Preset = Literal["paper", "official", "fuxictr", "deepctr"]
 Residual = Literal["projected", "identity", "none"]
 Share = Annotated[float, Limits(ge=0, lt=1)]
 
-SMALL = 16
-"""Up to so many fields, on a CPU, scores and softmax as plain products are faster than the blockwise kernel; the
-shares `[B, heads, F, F]` are then no larger than a projection, and kept for the gradient alone."""
+SMALL = 24
+"""Up to so many fields, on a CPU, `_Attention` is faster than the blockwise kernel; the shares `[B, heads, F, F]` are
+then no larger than a projection, and kept for the gradient alone."""
+
+
+def _shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`softmax(scale · q kᵀ)`, `q, k [n, F, d'] -> [n, F, F]`."""
+    scores = torch.bmm(q, k.transpose(1, 2)) * scale
+    # Step by step: the kernel of softmax takes five times as long for rows as short as these.
+    scores = (scores - scores.amax(2, keepdim=True)).exp()
+    return scores / scores.sum(2, keepdim=True)
+
+
+class _Attention(torch.autograd.Function):
+    """`softmax(scale · q kᵀ) v`, `q, k, v [n, F, d'] -> [n, F, d']`, with the gradient in closed form.
+
+    With P the shares and G the gradient above: dP = G vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)) · scale, and then
+    dq = dS k, dk = dSᵀ q, dv = Pᵀ G.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        # As in `_shares`, but in the memory of the scores.
+        shares = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        shares.sub_(shares.amax(2, keepdim=True)).exp_()
+        shares.div_(shares.sum(2, keepdim=True))
+        ctx.save_for_backward(q, k, v, shares)
+        ctx.scale = scale
+        return torch.bmm(shares, v)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, shares = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # somebody wants gradients of these gradients, and so needs where the shares are from
+            shares = _shares(q, k, ctx.scale)
+        ds = torch.bmm(above, v.transpose(1, 2)) * shares
+        ds = (ds - shares * ds.sum(2, keepdim=True)) * ctx.scale
+        return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), above), None
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,7 @@ class InteractingLayer(nn.Module):
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, F, width]`."""
         q, k, v, residual = self._project(e)
-        out = self._mix(q, k, v).transpose(1, 2).flatten(2)  # [B, F, width]
+        out = self.mix(q, k, v)
         if residual is not None:
             out = out + residual
         if self.norm is not None and not self.variant.norm_last:
@@ -103,24 +140,24 @@ class InteractingLayer(nn.Module):
     def attention(self, e: Tensor) -> Tensor:
         """Who looks at whom, `[B, F, D] -> [B, heads, F, F]`; rows add up to one."""
         q, k, _, _ = self._project(e)
-        return self._shares(q, k)
+        return torch.softmax(q @ k.transpose(2, 3) * self.scale, dim=-1)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`q, k, v [B, heads, F, d'] -> [B, heads, F, d']`."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What each field takes from all, `q, k, v [B, heads, F, d'] -> [B, F, width]`."""
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.shape[2] <= SMALL and not dropout:
-            return self._shares(q, k) @ v
-        # The scale is always given: left out, attention would divide by √d' whatever the variant says.
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-
-    def _shares(self, q: Tensor, k: Tensor) -> Tensor:
-        """`q, k [B, heads, F, d'] -> [B, heads, F, F]`."""
-        return torch.softmax((q if self.scale == 1.0 else q * self.scale) @ k.transpose(2, 3), dim=-1)
+        if _by_hand(q) and not dropout:
+            flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+            mixed = _Attention.apply(*flat, self.scale).view(q.shape)  # type: ignore[no-untyped-call]
+        else:
+            # The scale is always given: left out, attention would divide by √d' whatever the variant says.
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        out: Tensor = mixed.transpose(1, 2).flatten(2)
+        return out
 
     def _project(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`[B, F, D] -> q, k, v [B, heads, F, d'], residual [B, F, width] or None`."""
-        # One product on a GPU. On a CPU one per projection: small results are taken from memory that is at hand, while
-        # a large one is given back to the system and faulted in again in every step.
+        # One product on a GPU. On a CPU one per projection: the gradient of cutting a wide result into parts costs
+        # more there than three products more.
         count = 1 if e.is_cuda else self.parts
         biases = [None] * count if self.bias is None else self.bias.chunk(count)
         wide = [F.linear(e, w, b) for w, b in zip(self.weight.chunk(count), biases, strict=True)]
@@ -129,6 +166,15 @@ class InteractingLayer(nn.Module):
         q, k, v = (p.view(*p.shape[:2], self.heads, self.width // self.heads).transpose(1, 2) for p in pieces[:3])
         residual = e if self.variant.residual == "identity" else None
         return q, k, v, pieces[3] if self.parts == 4 else residual
+
+
+def _by_hand(q: Tensor) -> bool:
+    """Whether `_Attention` is the fastest for `q [B, heads, F, d']`: few fields on a CPU, outside of exports.
+
+    Half precision is left to the kernel, which adds up in single precision.
+    """
+    exact = q.dtype in (torch.float32, torch.float64)
+    return q.device.type == "cpu" and exact and q.shape[2] <= SMALL and not torch.compiler.is_compiling()
 
 
 class AutoInt(nn.Module):

@@ -20,7 +20,7 @@ from recsys.nn.interaction import CrossNet
 from recsys.nn.table import Table
 from recsys.train.memory import keep_freed_memory
 from recsys_armnet import ExponentialNeurons, entmax
-from recsys_autoint import AutoInt
+from recsys_autoint import AutoInt, InteractingLayer, Variant
 from recsys_din import DIN
 
 
@@ -43,6 +43,30 @@ class TextbookAutoInt(nn.Module):
                 outputs.append(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
             e = torch.relu(torch.cat(outputs, -1) + layer[-1](e))
         return e.flatten(1)
+
+
+class AttentionCore(nn.Module):
+    """What AutoInt does with its projections q, k and v, each `[rows, F, width]`: softmax(q kᵀ) v of every head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.layer = InteractingLayer(width, width, heads, Variant(residual="none"))
+
+    def forward(self, *projected: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (self.layer.heads, -1)).transpose(1, 2) for x in projected)
+        return self.layer.mix(q, k, v)
+
+
+class TextbookCore(nn.Module):
+    """The same, head by head."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, *projected: Tensor) -> Tensor:
+        q, k, v = (x.split(self.size, 2) for x in projected)
+        return torch.cat([torch.softmax(a @ b.transpose(1, 2), -1) @ c for a, b, c in zip(q, k, v, strict=True)], -1)
 
 
 class TextbookCross(nn.Module):
@@ -182,6 +206,13 @@ def dense_step(module: nn.Module, e: Tensor) -> Callable[[], object]:
     return step
 
 
+def core_step(module: nn.Module, projected: Tensor) -> Callable[[], object]:
+    """Forward and backward from `[3, …]`, each third with a gradient of its own."""
+    inputs = [x.clone().requires_grad_() for x in projected]
+    above = torch.randn(projected.shape[1:], device=projected.device)
+    return lambda: torch.autograd.grad(module(*inputs), inputs, above)
+
+
 def lookup_step(table: nn.Module, ids: Tensor) -> Callable[[], object]:
     """Forward and backward into the table, whose gradient is made anew in every step."""
     above = torch.randn(*ids.shape, 16, device=ids.device)
@@ -279,6 +310,10 @@ def main() -> None:
         ours = AutoInt(seen, layers=layers, heads=heads, width=width)
         name = f"autoint {fields} fields, {layers} layers, {heads} heads, width {width}"
         compare(name, dense_step, ours, TextbookAutoInt(dim, width, heads, layers), e)
+        # Divided so that scores are about one.
+        projected = torch.randn(3, rows, fields, width, device=device) / (width / heads) ** 0.25
+        name = f"attention alone, {fields} fields, {heads} heads, width {width}"
+        compare(name, core_step, AttentionCore(width, heads), TextbookCore(width // heads), projected)
         cross = CrossNet(seen, layers=3)
         compare(f"cross {fields} fields x {dim}, 3 layers", dense_step, cross, TextbookCross(fields * dim, 3), e)
 

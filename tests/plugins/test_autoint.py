@@ -12,7 +12,7 @@ from recsys.contracts import EncodedSchema, Field, Fields
 from recsys.errors import RecipeError
 from recsys.nn.head import Head
 from recsys.nn.table import Table
-from recsys_autoint import AutoInt, AutoIntPlus, InteractingLayer, Variant
+from recsys_autoint import AutoInt, AutoIntPlus, InteractingLayer, Variant, _Attention
 
 PRESETS = ("paper", "official", "fuxictr", "deepctr")
 
@@ -296,6 +296,25 @@ def test_few_and_many_fields_take_different_ways_to_the_same_result(preset, monk
     assert len(calls) == 2
     for ours, theirs in zip(few, many, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_gradients_of_gradients_are_those_of_the_formula(scale):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(_Attention.apply, (q, k, v, scale))
+    assert torch.autograd.gradgradcheck(_Attention.apply, (q, k, v, scale))
+
+
+def test_large_embeddings_stay_finite():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (1, 6, 30):
+            model = AutoInt(fields(count, 8), layers=2, width=8).to(dtype)
+            e = (50 * torch.randn(4, count, 8)).to(dtype).requires_grad_()
+            out = model(e)
+            assert out.isfinite().all()
+            assert torch.autograd.grad(out.sum(), e)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
