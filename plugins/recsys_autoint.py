@@ -132,7 +132,8 @@ class InteractingLayer(nn.Module):
             out = out + residual
         if self.norm is not None and not self.variant.norm_last:
             out = self.norm(out)
-        out = F.relu(out)
+        # In place where it is a tensor of our own, which nothing else keeps for its gradient.
+        out = F.relu(out, inplace=residual is not None)
         if self.norm is not None and self.variant.norm_last:
             out = self.norm(out)
         return out
@@ -158,11 +159,12 @@ class InteractingLayer(nn.Module):
         """`[B, F, D] -> q, k, v [B, heads, F, d'], residual [B, F, width] or None`."""
         # One product on a GPU. On a CPU one per projection: the gradient of cutting a wide result into parts costs
         # more there than three products more.
-        count = 1 if e.is_cuda else self.parts
-        biases = [None] * count if self.bias is None else self.bias.chunk(count)
-        wide = [F.linear(e, w, b) for w, b in zip(self.weight.chunk(count), biases, strict=True)]
-        wide = [F.relu(p) for p in wide] if self.variant.activated else wide
-        pieces = [piece for p in wide for piece in p.chunk(self.parts // count, dim=2)]  # each [B, F, width]
+        if e.is_cuda:
+            pieces = list(F.linear(e, self.weight, self.bias).chunk(self.parts, dim=2))  # each [B, F, width]
+        else:
+            biases = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
+            pieces = [F.linear(e, w, b) for w, b in zip(self.weight.chunk(self.parts), biases, strict=True)]
+        pieces = [F.relu(p) for p in pieces] if self.variant.activated else pieces
         q, k, v = (p.view(*p.shape[:2], self.heads, self.width // self.heads).transpose(1, 2) for p in pieces[:3])
         residual = e if self.variant.residual == "identity" else None
         return q, k, v, pieces[3] if self.parts == 4 else residual
