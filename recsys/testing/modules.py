@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from recsys.contracts import Regularised
 from recsys.testing.kit import Check, expect
 from recsys.testing.samples import generator
 
@@ -129,14 +130,22 @@ def _gradients(subject: Subject) -> None:
     inputs = subject.inputs(ROWS)
     floats = _require_grad(inputs)
     subject.objective(module, inputs).backward()  # type: ignore[no-untyped-call]
-    idle = [
+    if _idle(module) and isinstance(module, Regularised):  # what only the part's own term in the loss uses
+        subject.objective(module, inputs)
+        module.penalty().backward()  # type: ignore[no-untyped-call]
+    idle = _idle(module)
+    expect(not idle, f"no gradient reaches {', '.join(idle)}")
+    blocked = floats and not any(x.grad is not None and bool(x.grad.any()) for x in floats)
+    expect(not blocked, "no gradient reaches the input, so the embedding before it could not learn")
+
+
+def _idle(module: nn.Module) -> list[str]:
+    """The names of the parameters without a gradient."""
+    return [
         name
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and (parameter.grad is None or not bool(_dense(parameter.grad).any()))
     ]
-    expect(not idle, f"no gradient reaches {', '.join(idle)}")
-    blocked = floats and not any(x.grad is not None and bool(x.grad.any()) for x in floats)
-    expect(not blocked, "no gradient reaches the input, so the embedding before it could not learn")
 
 
 def _independent(subject: Subject) -> None:
