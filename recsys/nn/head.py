@@ -1,4 +1,4 @@
-"""From representations to one logit per task."""
+"""From representations to one logit per task, or to one per task and member of an ensemble."""
 
 from __future__ import annotations
 
@@ -22,32 +22,57 @@ class Head(nn.Module):
 
     Cheng et al., "Wide & Deep Learning for Recommender Systems", DLRS 2016 (the wide term).
 
+    With several members, `interactions` are those of the first member, then of the second, and so on; each member has
+    a w, v and b of its own, and the logit is the mean of theirs.
+
     Args:
         wide: add the first-order term.
+        members: number of equal parts of `interactions`.
     """
 
-    def __init__(self, schema: EncodedSchema, interactions: Sequence[Interaction], *, wide: bool = False) -> None:
+    def __init__(
+        self, schema: EncodedSchema, interactions: Sequence[Interaction], *, wide: bool = False, members: int = 1
+    ) -> None:
         super().__init__()
         self.tasks = schema.tasks
-        self.is_logit = tuple(i.is_logit for i in interactions)
-        width = sum(i.width for i in interactions if not i.is_logit)
-        self.bias = nn.Parameter(torch.zeros(len(self.tasks)))
-        self.weight = nn.Parameter(torch.empty(len(self.tasks), width)) if width else None
-        if self.weight is not None:  # xavier-normal of the [1, width] projection that each task has
+        self.members = members
+        self.count = len(interactions) // members
+        own = interactions[: self.count]
+        self.is_logit = tuple(i.is_logit for i in own)
+        width = sum(i.width for i in own if not i.is_logit)
+        logits = members * len(self.tasks)
+        self.bias = nn.Parameter(torch.zeros(logits))
+        self.weight = nn.Parameter(torch.empty(logits, width)) if width else None
+        if self.weight is not None:  # xavier-normal of the [1, width] projection that each logit has
             nn.init.normal_(self.weight, std=(2.0 / (width + 1)) ** 0.5)
-        self.wide = Table(_scalar(schema), dim=len(self.tasks)) if wide else None
+        self.wide = Table(_scalar(schema), dim=logits) if wide else None
 
     def forward(self, outputs: Sequence[Tensor], ids: Tensor, values: Tensor | None) -> dict[str, Tensor]:
         """Outputs of the interactions, each `[B, H_i]`; `[B, F], [B, F] -> {task: [B]}` in float32."""
-        logit = full(self.bias).expand(ids.shape[0], -1)  # [B, tasks]
+        each = self.each(outputs, ids, values)
+        if self.members == 1:
+            return each[0]
+        return {task: torch.stack([member[task] for member in each]).mean(0) for task in self.tasks}
+
+    def each(self, outputs: Sequence[Tensor], ids: Tensor, values: Tensor | None) -> tuple[dict[str, Tensor], ...]:
+        """Logits of every member, as those of `forward`."""
+        # [B, F, members · tasks] -> [B, members · tasks]
+        first = None if self.wide is None else full(self.wide(ids, values)).sum(1)
+        return tuple(self._member(m, outputs[m * self.count :][: self.count], ids, first) for m in range(self.members))
+
+    def _member(self, m: int, outputs: Sequence[Tensor], ids: Tensor, first: Tensor | None) -> dict[str, Tensor]:
+        """Logits of one member from the outputs of its interactions."""
+        tasks = len(self.tasks)
+        own = slice(m * tasks, (m + 1) * tasks)
+        logit = full(self.bias[own]).expand(ids.shape[0], -1)  # [B, tasks]
         if self.weight is not None:
             h = torch.cat([o for o, done in zip(outputs, self.is_logit, strict=True) if not done], 1)
-            logit = logit + full(nn.functional.linear(h, self.weight))
+            logit = logit + full(nn.functional.linear(h, self.weight[own]))
         for output, done in zip(outputs, self.is_logit, strict=True):
             if done:
                 logit = logit + full(output).sum(1, keepdim=True)
-        if self.wide is not None:
-            logit = logit + full(self.wide(ids, values)).sum(1)  # [B, F, tasks] -> [B, tasks]
+        if first is not None:
+            logit = logit + first[:, own]
         return {task: logit[:, t] for t, task in enumerate(self.tasks)}
 
     def table_parameters(self) -> Mapping[str, nn.Parameter]:

@@ -32,12 +32,18 @@ class Model(nn.Module):
 
     The target of a history is its target fields' vectors as the embedding gives them, before the selector.
 
+    With a head of several members the model is an ensemble: the interactions are those of the first member, then of
+    the second, and so on; each member has its own equal part of the D dimensions, and the logit is the mean of the
+    members'. In training each member has a loss of its own (`each`), as if it were alone.
+    Lakshminarayanan et al., "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles", NeurIPS 2017,
+    §2.4; here all members see the batches in one order, and differ in their initial weights.
+
     Args:
         schema: what the encoder produces.
         embedding: ids to vectors.
         selector: gates on the scalar fields' vectors.
         sequences: history group → encoder; one for each history with a target. Bags, which have none, are averaged.
-        interactions: built on `Model.consumer_fields(schema, embedding)`.
+        interactions: built on `Model.consumer_fields(schema, embedding, head.members)`.
         head: built on the same interactions.
 
     Raises:
@@ -67,10 +73,22 @@ class Model(nn.Module):
             self.register_buffer(f"target_{i}", index, persistent=False)
 
     @staticmethod
-    def consumer_fields(schema: EncodedSchema, embedding: contracts.Embedding) -> Fields:
-        """What the interactions see: the scalar fields, then the pooled columns `group.column` of the histories."""
+    def consumer_fields(schema: EncodedSchema, embedding: contracts.Embedding, members: int = 1) -> Fields:
+        """What an interaction sees: the scalar fields, then the pooled columns `group.column` of the histories.
+
+        Raises:
+            RecipeError: the dimensions cannot be divided equally between the members.
+        """
         columns = Layout.of(schema).columns
-        return Fields(tuple(c.name for c in columns), tuple(c.rows for c in columns), embedding.fields.dim)
+        dim = embedding.fields.dim
+        if dim % members:
+            near = f"{max(dim - dim % members, members)} or {dim - dim % members + members}"
+            raise RecipeError(
+                f"model.head.ensemble: an embedding of {dim} dimensions cannot be divided equally between {members} "
+                f"members; take a multiple of {members}, such as {near}",
+                path=("model", "head", "ensemble"),
+            )
+        return Fields(tuple(c.name for c in columns), tuple(c.rows for c in columns), dim // members)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Logits, `Batch -> {task: [B]}`, float32."""
@@ -78,14 +96,30 @@ class Model(nn.Module):
 
     def logits(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> dict[str, Tensor]:
         """Tensors only: `[B, F], [B, F], {group: ([B, L, K], [B])} -> {task: [B]}`, float32."""
-        x = self.represent(ids, values, history)
-        outputs = [interaction(x) for interaction in self.interactions]
+        return cast("dict[str, Tensor]", self.head(self._interact(ids, values, history), ids, values))
+
+    def each(self, batch: Batch) -> tuple[dict[str, Tensor], ...]:
+        """Logits of every member, each `{task: [B]}`; their mean is what `forward` gives."""
+        outputs = self._interact(batch.ids, batch.values, batch.history)
+        return self.head.each(outputs, batch.ids, batch.values)
+
+    def _interact(self, ids: Tensor, values: Tensor | None, history: Histories | None) -> list[Tensor]:
+        """The outputs of the interactions, each `[B, H_i]`."""
+        seen = self._seen(self.represent(ids, values, history))
+        outputs = [interaction(x) for interaction, x in zip(self.interactions, seen, strict=True)]
         for interaction, output in zip(self.interactions, outputs, strict=True):
             _expect(interaction, output, ("B", cast("contracts.Interaction", interaction).width))
-        return cast("dict[str, Tensor]", self.head(outputs, ids, values))
+        return outputs
+
+    def _seen(self, x: Tensor) -> list[Tensor]:
+        """What each interaction reads of `[B, F', D]`: its member's dimensions."""
+        if self.head.members == 1:
+            return [x] * len(self.interactions)
+        parts = [part.contiguous() for part in x.chunk(self.head.members, 2)]
+        return [part for part in parts for _ in range(self.head.count)]
 
     def represent(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> Tensor:
-        """What the interactions see, `[B, F', D]`."""
+        """What the interactions see, or the members divide, `[B, F', D]`."""
         e = self.embedding(ids, values)
         _expect(self.embedding, e, ("B", ids.shape[1], self.embedding.fields.dim))
         parts = [self.selector(e, ids)]
@@ -134,10 +168,10 @@ class Model(nn.Module):
     @torch.no_grad()
     def explain(self, batch: Batch) -> dict[str, Tensor]:
         """What each interaction looked at, by `<position>.<class>.<name>`."""
-        x = self.represent(batch.ids, batch.values, batch.history)
+        seen = self._seen(self.represent(batch.ids, batch.values, batch.history))
         return {
             f"{i}.{type(part).__name__}.{name}": value
-            for i, part in enumerate(self.interactions)
+            for i, (part, x) in enumerate(zip(self.interactions, seen, strict=True))
             for name, value in cast("contracts.Interaction", part).explain(x).items()
         }
 

@@ -112,13 +112,18 @@ def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed:
             for history in schema.histories
             if history.target
         }
-        fields = Model.consumer_fields(schema, embedding)
+        members = recipe.head.ensemble
+        try:
+            fields = Model.consumer_fields(schema, embedding, members)
+        except RecipeError as error:
+            raise recipe.located(error) from error
         several = len(recipe.interactions) > 1
         interactions = [
             part(checked, "interaction", fields, where=f"model.interaction[{i}]" if several else None)
+            for _ in range(members)
             for i, checked in enumerate(recipe.interactions)
         ]
-        head = Head(schema, interactions, wide=recipe.head.wide)
+        head = Head(schema, interactions, wide=recipe.head.wide, members=members)
         return Model(schema, embedding, selector, sequences, interactions, head)
 
 

@@ -41,6 +41,12 @@ class HeadOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     wide: bool = Field(False, description="add a first-order term: one weight for every value of every field")
+    ensemble: int = Field(
+        1,
+        ge=1,
+        description="number of members: so many models of the same interactions, each with its own equal part of the "
+        "embedding's dimensions and a loss of its own; the score is the mean of their logits",
+    )
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,8 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
             model(batch)
     fields, dim = len(Model.consumer_fields(schema, model.embedding).names), model.embedding.fields.dim
     shapes = {"ids": ("B", str(len(schema.fields))), "e": ("B", str(fields), str(dim))}
-    for checked, interaction in zip(recipe.interactions, model.interactions, strict=True):
+    for checked, interaction in zip(recipe.interactions, model.interactions, strict=False):
+        # Of an ensemble, the first member's; the others are like it.
         shapes[checked.name] = ("B", str(interaction.width))
     return Dry(splits, encoder, schema, looked, model, counter.get_total_flops() / 64, shapes)
 
