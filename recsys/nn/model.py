@@ -108,6 +108,14 @@ class Model(nn.Module):
                 total = total + part.penalty()
         return total
 
+    def auxiliary(self, batch: Batch) -> Tensor:
+        """The losses of the parts that learn from the labels themselves, `[]`; for training, after `forward`."""
+        total = torch.zeros((), device=batch.ids.device)
+        for part in (self.embedding, *self.sequences, *self.interactions):
+            if isinstance(part, contracts.Supervised):
+                total = total + part.auxiliary(batch)
+        return total
+
     def prune(self, selection: Selection) -> Model:
         """Return a new, smaller model without the selector; this one stays as it is.
 

@@ -106,7 +106,7 @@ def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: Rando
     for batch in (part.to(run.device) for part in given):
         with _output(cast("nn.Module", run.model.embedding)) as embedded, _autocast(run):
             logits = run.model(batch)
-            loss = run.loss(logits, batch) + run.model.penalty()
+            loss = run.loss(logits, batch) + run.model.penalty() + run.model.auxiliary(batch)
         inner = [*logits.values(), *embedded]
         gradients = torch.autograd.grad(loss, [*named.values(), *inner], allow_unused=True)
         for name, g in zip(named, gradients, strict=False):

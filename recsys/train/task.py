@@ -102,7 +102,8 @@ class Task(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return this batch's part of the step's mean loss, `[]`."""
         self.model.selector.anneal(self.step / self._total_steps)
-        loss = self.loss(self.model(batch), batch) + self.model.penalty()
+        logits = self.model(batch)
+        loss = self.loss(logits, batch) + self.model.penalty() + self.model.auxiliary(batch)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
         return loss * batch.share
 
