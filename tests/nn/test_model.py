@@ -161,16 +161,13 @@ class Taught(nn.Module):
 
 def test_the_losses_of_the_parts_add_up():
     plain, batch = make(), make_batch(rows=8)
-    clicks = batch.label["click"].sum().item()
-    assert clicks > 0
-    assert plain.auxiliary(batch).item() == 0.0
-    assert plain.auxiliary(batch).shape == ()
+    assert (clicks := batch.label["click"].sum().item()) > 0
+    assert plain.auxiliary(batch).tolist() == 0.0
     fm, mlp, cross = plain.interactions
     taught = make(parts=[Taught(fm, 1.0), mlp, Taught(cross, 10.0)])
     taught.sequences[0] = Taught(taught.sequences[0], 100.0)
     taught.embedding.auxiliary = lambda batch: 1000.0 * batch.label["click"].sum()
-    assert taught.auxiliary(batch).item() == 1111.0 * clicks
-    assert taught.penalty().item() == 0.0
+    assert taught.auxiliary(batch).tolist() == 1111.0 * clicks
 
 
 class Masked(nn.Module):
