@@ -78,7 +78,7 @@ class DIEN(nn.Module):
         auxiliary_hidden: tuple[PositiveInt, ...] = (100, 50),
     ) -> None:
         super().__init__()
-        self.width, self.auxiliary = width, auxiliary
+        self.width, self.strength = width, auxiliary
         self.extractor, self.evolution = Gates(width), Gates(width)
         self.attention = linear(width, width, bias=False)
         self.judge: nn.Sequential | None = None
@@ -99,7 +99,7 @@ class DIEN(nn.Module):
         # Padding has no share, and so leaves the state of the second layer as it is: its last one is the newest.
         out: Tensor = self.evolution(states, shares)[-1]
         if not torch.compiler.is_compiling():
-            self._last = (interests, history, valid) if self.training and self.auxiliary else ()
+            self._last = (interests, history, valid) if self.training and self.strength else ()
         return out
 
     def weights(self, target: Tensor, interests: Tensor, valid: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class DIEN(nn.Module):
         others = steps & steps.roll(-1, 0) if len(steps) > 1 else torch.zeros_like(steps)
         came = F.softplus(-self._judged(seen, following))
         did_not = F.softplus(self._judged(seen, following.roll(-1, 0)))
-        return self.auxiliary * (_mean(came, steps) + _mean(did_not, others))
+        return self.strength * (_mean(came, steps) + _mean(did_not, others))
 
     def _judged(self, interests: Tensor, events: Tensor) -> Tensor:
         """The perceptron's logits, `2 × [B, L − 1, W] -> [B, L − 1]`."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
     from recsys.nn.table import Table
+    from recsys.train.losses import label_bce
     from recsys.train.run import Run
     from recsys.train.score import measure, predict
 
@@ -60,6 +61,7 @@ __all__ = [
     "TrainBatches",
     "build_optimizer",
     "hookimpl",
+    "label_bce",
     "linear",
     "measure",
     "predict",
@@ -74,6 +76,7 @@ _LAZY = {
     "Table": "recsys.nn.table",
     "TrainBatches": "recsys.data.batches",
     "build_optimizer": "recsys.nn.optim",
+    "label_bce": "recsys.train.losses",
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
     "predict": "recsys.train.score",

@@ -201,6 +201,23 @@ class Regularised(Protocol):
         ...
 
 
+@runtime_checkable
+class Supervised(Protocol):
+    """An embedding, sequence encoder or interaction with a loss that the labels teach. They need not have one.
+
+    Training asks for it after `forward`, on the same batch; nothing else does. `recsys.api.label_bce` computes the
+    usual one from a logit. Being a method is what counts: no other attribute of a part may bear this name.
+    """
+
+    def auxiliary(self, batch: Batch) -> Tensor:
+        """What to add to the loss of the batch that `forward` saw last in training, `[]`.
+
+        The mean over the B rows, in float32, row weights honoured; a step that is divided over devices or
+        micro-batches counts it by `batch.share`, like the loss itself.
+        """
+        ...
+
+
 class Selector(Protocol):
     """Gates on what the embedding gives. `kind: selector`; the factory takes `fields: Fields` positionally."""
 

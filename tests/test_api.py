@@ -32,6 +32,7 @@ NAMES = [
     "UNKNOWN_ID",
     "build_optimizer",
     "hookimpl",
+    "label_bce",
     "linear",
     "measure",
     "predict",

@@ -134,12 +134,34 @@ class Model(nn.Module):
             parts.append(pooled.unflatten(1, (len(h.columns), -1)))  # [B, K, D]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
+    def objective(
+        self, loss: contracts.Loss, batch: Batch, members: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> Tensor:
+        """What training makes small, `[]`: the members' mean loss, and what the parts add to it.
+
+        Args:
+            loss: of the recipe.
+            batch: what is learned from.
+            members: what `each` gave for the batch, where it is known already.
+        """
+        members = self.each(batch) if members is None else members
+        losses = torch.stack([loss(logits, batch) for logits in members])
+        return losses.mean() + self.penalty() + self.auxiliary(batch)
+
     def penalty(self) -> Tensor:
         """The regularisation of the selector, and of every other part that has one, `[]`."""
         total = self.selector.penalty()
         for part in (self.embedding, *self.sequences, *self.interactions):
             if isinstance(part, contracts.Regularised):
                 total = total + part.penalty()
+        return total
+
+    def auxiliary(self, batch: Batch) -> Tensor:
+        """The losses of the parts that learn from the labels themselves, `[]`; for training, after `forward`."""
+        total = torch.zeros((), device=batch.ids.device)
+        for part in (self.embedding, *self.sequences, *self.interactions):
+            if isinstance(part, contracts.Supervised):
+                total = total + part.auxiliary(batch)
         return total
 
     def prune(self, selection: Selection) -> Model:

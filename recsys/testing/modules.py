@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from recsys.contracts import Regularised
+from recsys.contracts import Regularised, Supervised
 from recsys.testing.kit import Check, expect
-from recsys.testing.samples import generator
+from recsys.testing.samples import batch, generator
 
 Inputs = tuple[Tensor, ...]
 ROWS = 6
@@ -130,13 +130,30 @@ def _gradients(subject: Subject) -> None:
     inputs = subject.inputs(ROWS)
     floats = _require_grad(inputs)
     subject.objective(module, inputs).backward()  # type: ignore[no-untyped-call]
-    if _idle(module) and isinstance(module, Regularised):  # what only the part's own term in the loss uses
+    if isinstance(module, Supervised) or (_idle(module) and isinstance(module, Regularised)):
         subject.objective(module, inputs)
-        module.penalty().backward()  # type: ignore[no-untyped-call]
+        own = _own_terms(module)  # some parameters are used by the part's own terms in the loss alone
+        if own.requires_grad:
+            own.backward()  # type: ignore[no-untyped-call]
     idle = _idle(module)
     expect(not idle, f"no gradient reaches {', '.join(idle)}")
     blocked = floats and not any(x.grad is not None and bool(x.grad.any()) for x in floats)
     expect(not blocked, "no gradient reaches the input, so the embedding before it could not learn")
+
+
+def _own_terms(module: nn.Module) -> Tensor:
+    """What the part adds to the loss of the batch it saw last, `[]`."""
+    total = torch.zeros(())
+    if isinstance(module, Regularised):
+        total = total + module.penalty()
+    if isinstance(module, Supervised):
+        auxiliary = call(module, "auxiliary", batch(ROWS))
+        expect(isinstance(auxiliary, Tensor), f"auxiliary returned {type(auxiliary).__name__}, expected a tensor")
+        what = f"{auxiliary.dtype} {tuple(auxiliary.shape)}"
+        expect(auxiliary.shape == () and auxiliary.dtype == torch.float32, f"auxiliary is {what}, expected float32 ()")
+        finite(auxiliary, "auxiliary")
+        total = total + auxiliary
+    return total
 
 
 def _idle(module: nn.Module) -> list[str]:

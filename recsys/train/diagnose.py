@@ -105,9 +105,10 @@ def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: Rando
     given = list(itertools.islice(batches.epoch(epoch, step), batches.accumulate))
     for batch in (part.to(run.device) for part in given):
         with _output(cast("nn.Module", run.model.embedding)) as embedded, _autocast(run):
-            logits = run.model(batch)
-            loss = run.loss(logits, batch) + run.model.penalty()
-        inner = [*logits.values(), *embedded]
+            members = run.model.each(batch)
+            loss = run.model.objective(run.loss, batch, members)
+        logits = [z for member in members for z in member.values()]
+        inner = [*logits, *embedded]
         gradients = torch.autograd.grad(loss, [*named.values(), *inner], allow_unused=True)
         for name, g in zip(named, gradients, strict=False):
             if g is not None:
@@ -115,7 +116,7 @@ def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: Rando
         for why, mask in _against(batch, logits, embedded, gradients[len(named) :]).items():
             masks.setdefault(why, []).append(mask.cpu())
         losses.append(float(loss.detach()))
-        scores.append(torch.stack([z.detach().abs().double() for z in logits.values()]).amax(0).cpu())
+        scores.append(torch.stack([z.detach().abs().double() for z in logits]).amax(0).cpu())
     buffers.restore_where(torch.ones((), dtype=torch.bool, device=run.device))
     suspicion, suspects, suspicious = _suspects({why: torch.cat(m) for why, m in masks.items()}, torch.cat(scores))
     bad = {name: _bad_entries(g) for name, g in sums.items()}
@@ -172,9 +173,7 @@ def _autocast(run: Run) -> torch.autocast:
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.train.precision == "bf16")
 
 
-def _against(
-    batch: Batch, logits: Mapping[str, Tensor], embedded: list[Tensor], gradients: Sequence[Tensor | None]
-) -> Masks:
+def _against(batch: Batch, logits: list[Tensor], embedded: list[Tensor], gradients: Sequence[Tensor | None]) -> Masks:
     """Find rows with numbers that are not finite, from the input to the loss and back."""
     size = len(batch)
 
@@ -190,7 +189,7 @@ def _against(
             [batch.values, *batch.label.values(), *batch.context.values()]
         ),
         "an embedding vector that is not finite": bad(embedded),
-        "a logit that is not finite": bad(list(logits.values())),
+        "a logit that is not finite": bad(logits),
         "a gradient of the loss by the logit that is not finite": bad(gradients[: len(logits)]),
         "a gradient at the embedding's output that is not finite": bad(gradients[len(logits) :]),
     }

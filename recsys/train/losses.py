@@ -26,10 +26,24 @@ class BCE(nn.Module):
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`{task: [B]}, Batch -> []`, float32 also under autocast."""
-        weight = batch.context.get("weight")
-        weight = None if weight is None else weight.float()
-        losses = [
-            F.binary_cross_entropy_with_logits(logits[task].float(), batch.label[task].float(), weight)
-            for task in self.tasks
-        ]
-        return torch.stack(losses).mean()
+        return _bce({task: logits[task].float() for task in self.tasks}, batch)
+
+
+def label_bce(logit: Tensor, batch: Batch) -> Tensor:
+    """Binary cross-entropy of one logit per row against the labels of a batch, as the loss `bce` has it.
+
+    (1/B) Σ_b w_b [softplus(z_b) − y_b z_b], averaged over the tasks that the batch has labels of. For the `auxiliary`
+    loss of a part: `[B], Batch -> []`, float32 also under autocast; float64 stays.
+    """
+    logit = logit if logit.dtype == torch.float64 else logit.float()
+    return _bce(dict.fromkeys(batch.label, logit), batch)
+
+
+def _bce(logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """`{task: [B]}, Batch -> []`, in the type of the logits."""
+    given = batch.context.get("weight")
+    losses = []
+    for task, z in logits.items():
+        weight = None if given is None else given.to(z.dtype)
+        losses.append(F.binary_cross_entropy_with_logits(z, batch.label[task].to(z.dtype), weight))
+    return torch.stack(losses).mean()

@@ -102,8 +102,7 @@ class Task(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return this batch's part of the step's mean loss, `[]`."""
         self.model.selector.anneal(self.step / self._total_steps)
-        members = [self.loss(logits, batch) for logits in self.model.each(batch)]
-        loss = torch.stack(members).mean() + self.model.penalty()
+        loss = self.model.objective(self.loss, batch)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
         return loss * batch.share
 

@@ -144,6 +144,32 @@ def test_the_selector_gates_scalar_fields_after_the_target_was_taken():
     assert plain.penalty().item() == 0.0
 
 
+class Taught(nn.Module):
+    """Passes on what it is; its loss is a number per batch."""
+
+    def __init__(self, part, share):
+        super().__init__()
+        self.part, self.share = part, share
+        self.width, self.is_logit = part.width, getattr(part, "is_logit", False)
+
+    def forward(self, *inputs):
+        return self.part(*inputs)
+
+    def auxiliary(self, batch):
+        return self.share * batch.label["click"].sum()
+
+
+def test_the_losses_of_the_parts_add_up():
+    plain, batch = make(), make_batch(rows=8)
+    assert (clicks := batch.label["click"].sum().item()) > 0
+    assert plain.auxiliary(batch).tolist() == 0.0
+    fm, mlp, cross = plain.interactions
+    taught = make(parts=[Taught(fm, 1.0), mlp, Taught(cross, 10.0)])
+    taught.sequences[0] = Taught(taught.sequences[0], 100.0)
+    taught.embedding.auxiliary = lambda batch: 1000.0 * batch.label["click"].sum()
+    assert taught.auxiliary(batch).tolist() == 1111.0 * clicks
+
+
 class Masked(nn.Module):
     """The whole embedding with the dropped parts of its output multiplied by zero: the slow reference of pruning."""
 

@@ -102,7 +102,7 @@ class BilevelFit:
     def _step(self, run: Run, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         moved = batch.to(run.device)
         run.model.zero_grad()
-        loss = run.loss(run.model(moved), moved) + run.model.penalty()
+        loss = run.model.objective(run.loss, moved)
         (loss * batch.share).backward()
         optimizer.step()
 

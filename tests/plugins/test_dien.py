@@ -71,7 +71,7 @@ def slow_auxiliary(model, history, length):
             if rows > 1 and t + 1 < int(length[other]):
                 did_not.append(-torch.log(1 - sigmoid(judged(model, states[t], history[other, t + 1]))))
     zero = history.new_zeros(())
-    return model.auxiliary * (
+    return model.strength * (
         (sum(came) / len(came) if came else zero) + (sum(did_not) / len(did_not) if did_not else zero)
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.api import Fields
+from recsys.api import Batch, Fields, label_bce
 from recsys.plugin.hooks import Component
 from recsys.testing import Contract, ContractError, contract
 
@@ -72,6 +72,64 @@ class UnusedToo(Judged):
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
         self.spare = nn.Parameter(torch.zeros(3))
+
+
+class Taught(Mixer):
+    """Sound: what `forward` leaves alone is learned from the labels."""
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.judge = nn.Linear(self.width, 1)
+        self.logit = torch.zeros(())
+
+    def forward(self, e: Tensor) -> Tensor:
+        h = super().forward(e)
+        if self.training:
+            self.logit = self.judge(h).squeeze(1)
+        return h
+
+    def auxiliary(self, batch: Batch) -> Tensor:
+        return label_bce(self.logit, batch)
+
+
+class TaughtAndJudged(Taught):
+    """Sound: both terms, each with parameters of its own."""
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.other = nn.Parameter(torch.ones(()))
+
+    def penalty(self) -> Tensor:
+        return self.other.square()
+
+
+class UntaughtToo(Taught):
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+class TaughtRowByRow(Taught):
+    def auxiliary(self, batch: Batch) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.logit, batch.label["label"], reduction="none")
+
+
+class TaughtInDouble(Taught):
+    def auxiliary(self, batch: Batch) -> Tensor:
+        return super().auxiliary(batch).double()
+
+
+class TaughtNaN(Taught):
+    def auxiliary(self, batch: Batch) -> Tensor:
+        return super().auxiliary(batch) * torch.nan
+
+
+class OnlyTheName(Mixer):
+    """An option of that name is no loss."""
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.auxiliary = 1.0
 
 
 class Detached(Mixer):
@@ -175,6 +233,8 @@ class KeywordArguments(Mixer):
 SOUND: list[tuple[Any, Any]] = [
     ("interaction", Mixer),
     ("interaction", Judged),
+    ("interaction", Taught),
+    ("interaction", TaughtAndJudged),
 ]
 
 FAULTS: list[tuple[Any, Any, set[str]]] = [
@@ -183,6 +243,11 @@ FAULTS: list[tuple[Any, Any, set[str]]] = [
     ("interaction", SquareRoot, {"finite"}),
     ("interaction", Unused, {"gradients"}),
     ("interaction", UnusedToo, {"gradients"}),
+    ("interaction", UntaughtToo, {"gradients"}),
+    ("interaction", TaughtRowByRow, {"gradients"}),
+    ("interaction", TaughtInDouble, {"gradients"}),
+    ("interaction", TaughtNaN, {"gradients"}),
+    ("interaction", OnlyTheName, {"gradients"}),
     ("interaction", Detached, {"gradients"}),
     ("interaction", BatchStatistics, {"rows_independent"}),
     ("interaction", Cumulative, {"rows_independent"}),

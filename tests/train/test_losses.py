@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.contracts import Batch
-from recsys.train.losses import BCE
+from recsys.train.losses import BCE, label_bce
 
 rows = st.lists(
     st.tuples(st.floats(-30, 30, width=32), st.integers(0, 1), st.floats(0, 5, width=32)), min_size=1, max_size=8
@@ -65,3 +65,26 @@ def test_confident_rows_keep_their_gradient():
     loss.backward()
     assert loss.item() == pytest.approx(60.0)
     assert z.grad.tolist() == pytest.approx([0.5, -0.5])
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, st.booleans())
+def test_one_logit_for_all_tasks_is_compared_with_the_labels_of_each(rows, weighted):
+    z, y, w = zip(*rows, strict=True)
+    label = {"a": torch.tensor(y).float(), "b": 1 - torch.tensor(y).float()}
+    context = {"weight": torch.tensor(w)} if weighted else {}
+    data = Batch(torch.zeros(len(z), 1, dtype=torch.int64), label=label, context=context)
+    got = label_bce(torch.tensor(z).double(), data)
+    of_a = sum((b if weighted else 1.0) * one(a, v) for a, v, b in rows) / len(rows)
+    of_b = sum((b if weighted else 1.0) * one(a, 1 - v) for a, v, b in rows) / len(rows)
+    assert got.dtype == torch.float64
+    assert got.item() == pytest.approx((of_a + of_b) / 2, rel=1e-12, abs=1e-12)
+
+
+def test_one_logit_has_the_loss_of_a_model_with_that_logit():
+    data = batch([1.0, 0.0, 1.0], [0.5, 2.0, 1.0])
+    z = torch.tensor([0.3, -1.0, 2.0], dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = label_bce(z, data)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, BCE(("y",))({"y": z}, data))
