@@ -151,11 +151,14 @@ class Selection:
         fields: names of the kept fields.
         rows: field → bool `[rows]`, True for a kept row; a field that is absent keeps all its rows.
         dims: field → bool `[D]`, True for a kept dimension; a field that is absent keeps all of them.
+        elements: field → bool `[rows, D]`, True for a kept number, where a choice of rows and one of dimensions do not
+            say it; a number stays that no mask drops.
     """
 
     fields: tuple[str, ...]
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     dims: Mapping[str, Tensor] = field(default_factory=dict)
+    elements: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -215,6 +218,45 @@ class Supervised(Protocol):
         The mean over the B rows, in float32, row weights honoured; a step that is divided over devices or
         micro-batches counts it by `batch.share`, like the loss itself.
         """
+        ...
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """An embedding that learns itself what to leave out. The stage `prune` asks it beside the selector."""
+
+    def kept(self) -> Selection:
+        """The decision so far, for history columns (`group.column`) too; a pure read."""
+        ...
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A part that changes itself after every optimizer step, beside what the optimizer does."""
+
+    def own_parameters(self) -> tuple[Any, ...]:
+        """Parameters that the part updates itself, from their `.grad`; the optimizer leaves them alone."""
+        ...
+
+    def after_step(self) -> None:
+        """Make the change. Every process makes the same one: random numbers come from a seed and a count of steps.
+
+        The gradients of its own parameters are those of the whole step; they are zero when the step is skipped, and
+        gone afterwards.
+        """
+        ...
+
+
+@runtime_checkable
+class Searched(Protocol):
+    """A part with parameters that a bilevel search learns on validation rows, and nothing else changes."""
+
+    def architecture(self) -> tuple[Any, ...]:
+        """The parameters; a fit stage leaves them alone."""
+        ...
+
+    def search_step(self, rate: float) -> None:
+        """Move them by their `.grad`, with step size `rate`, and keep them within their limits."""
         ...
 
 

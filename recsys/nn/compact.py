@@ -48,11 +48,14 @@ class CompactTable(nn.Module):
         self.kept: list[tuple[Tensor, Tensor]] = kept
         blocks, flat = _pack(source, columns, kept, self.fields.dim)
         self.flat = nn.Parameter(flat)
-        slots, where = _slot_maps(columns, kept, self.layout.rows)
+        slots, limits, where = slot_maps(columns, kept, self.layout.rows)
         self.slots: Tensor
         self.register_buffer("slots", slots, persistent=False)
         whole_rows = all(bool(d.all()) for _, d in kept if bool(d.any()))
-        parts = [_Part(c, blocks[c.vocabulary], m, d) for c, m, (_, d) in zip(columns, where, kept, strict=True)]
+        parts = [
+            _Part(c, blocks[c.vocabulary], m, limit, d)
+            for c, m, limit, (_, d) in zip(columns, where, limits, kept, strict=True)
+        ]
         count = len(self.layout.fields)
         self.reader = CompactReader(parts[:count], self.fields.dim, whole_rows)
         self.groups = tuple(self.layout.histories)
@@ -103,11 +106,10 @@ class CompactTable(nn.Module):
 class _Part:
     """Where one column finds its rows: the block's first element and width, its id map, its dimensions."""
 
-    def __init__(self, column: Column, block: tuple[int, int, Tensor], slot_map: int, dims: Tensor) -> None:
+    def __init__(self, column: Column, block: tuple[int, int, Tensor], slot_map: int, limit: int, dims: Tensor) -> None:
         self.column = column
         self.first, self.width, block_dims = block
-        self.slot_map = slot_map
-        self.alive = bool(dims.any())
+        self.slot_map, self.limit = slot_map, limit
         self.position = torch.where(dims & block_dims, block_dims.cumsum(0) - 1, -1)  # [D]
 
 
@@ -116,27 +118,19 @@ class CompactReader(nn.Module):
 
     def __init__(self, parts: Sequence[_Part], dim: int, whole_rows: bool) -> None:
         super().__init__()
-        self.guard = Guard([p.column for p in parts])
+        self.slots = Slots([p.column for p in parts], [p.slot_map for p in parts], [p.limit for p in parts])
         self.whole_rows = whole_rows
         self.first: Tensor
         self.width: Tensor
-        self.slot_map: Tensor
-        self.alive: Tensor
         self.position: Tensor
-        for name, values in {
-            "first": [p.first for p in parts],
-            "width": [p.width for p in parts],
-            "slot_map": [p.slot_map for p in parts],
-        }.items():
+        for name, values in {"first": [p.first for p in parts], "width": [p.width for p in parts]}.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
-        self.register_buffer("alive", torch.tensor([p.alive for p in parts], dtype=torch.bool), persistent=False)
         position = torch.stack([p.position for p in parts]) if parts else torch.zeros(0, dim)
         self.register_buffer("position", position.to(torch.int16), persistent=False)
 
     def forward(self, ids: Tensor, flat: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """`[..., C] -> e [..., C, D], guarded ids [..., C]`."""
-        safe: Tensor = self.guard(ids)
-        slot = self._slot(safe, slots)  # [..., C], -1 where the row is gone
+        slot, safe = self.slots(ids, slots)  # [..., C], -1 where the row is gone
         gone = slot < 0
         if self.whole_rows:
             dim = self.position.shape[-1]
@@ -149,11 +143,31 @@ class CompactReader(nn.Module):
         numbers = flat.index_select(0, torch.where(stored, element, 0).flatten()).view(element.shape)
         return torch.where(stored, numbers, 0.0), safe
 
-    def _slot(self, safe: Tensor, slots: Tensor) -> Tensor:
+
+class Slots(nn.Module):
+    """From a column's own ids to the rows of its block, -1 where the row is gone.
+
+    Args:
+        columns: the columns.
+        where: place of each column's id map, -1 if it needs none.
+        limits: without a map, ids below this are rows of the block, and the others are gone.
+    """
+
+    def __init__(self, columns: Sequence[Column], where: Sequence[int], limits: Sequence[int]) -> None:
+        super().__init__()
+        self.guard = Guard(columns)
+        self.slot_map: Tensor
+        self.limit: Tensor
+        self.register_buffer("slot_map", torch.tensor(where, dtype=torch.int64), persistent=False)
+        self.register_buffer("limit", torch.tensor(limits, dtype=torch.int64), persistent=False)
+
+    def forward(self, ids: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., C] -> slot [..., C], guarded ids [..., C]`."""
+        safe: Tensor = self.guard(ids)
         mapped = self.slot_map >= 0
         place = torch.where(mapped, self.slot_map + safe, 0)
-        slot = torch.where(mapped, slots.index_select(0, place.flatten()).view(place.shape).long() - 1, safe)
-        return torch.where(self.alive, slot, -1)
+        found = slots.index_select(0, place.flatten()).view(place.shape).long() - 1
+        return torch.where(mapped, found, torch.where(safe < self.limit, safe, -1)), safe
 
 
 def keep_masks(layout: Layout, dim: int, selection: Selection) -> list[tuple[Tensor, Tensor]]:
@@ -164,7 +178,7 @@ def keep_masks(layout: Layout, dim: int, selection: Selection) -> list[tuple[Ten
     """
     columns = layout.columns
     known = [c.name for c in columns]
-    for name in (*selection.fields, *selection.rows, *selection.dims):
+    for name in (*selection.fields, *selection.rows, *selection.dims, *selection.elements):
         if name not in known:
             raise DataError(
                 f"the selection names '{name}', which the model does not have."
@@ -177,6 +191,26 @@ def keep_masks(layout: Layout, dim: int, selection: Selection) -> list[tuple[Ten
         if (c.name in scalar and c.name not in selection.fields) or not rows.any() or not dims.any():
             rows, dims = torch.zeros_like(rows), torch.zeros_like(dims)
         masks.append((rows, dims))
+    return masks
+
+
+def element_masks(layout: Layout, dim: int, selection: Selection) -> list[Tensor]:
+    """The kept numbers `[rows, D]` of every column of a layout.
+
+    Raises:
+        DataError: as `keep_masks`.
+    """
+    masks = []
+    for c, (rows, dims) in zip(layout.columns, keep_masks(layout, dim, selection), strict=True):
+        mask = rows.unsqueeze(1) & dims
+        if c.name in selection.elements:
+            own = selection.elements[c.name].detach().cpu().bool()
+            if own.shape != (c.rows, dim):
+                raise DataError(
+                    f"the selection's elements of '{c.name}' have shape {tuple(own.shape)}, expected ({c.rows}, {dim})"
+                )
+            mask = mask & own
+        masks.append(mask)
     return masks
 
 
@@ -228,13 +262,19 @@ def _pack(
     return blocks, torch.cat(pieces)
 
 
-def _slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Id maps, back to back (0 = gone, else 1 + row in the block), and where each column's starts (-1: needs none)."""
+def slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> tuple[Tensor, list[int], list[int]]:
+    """Id maps, back to back (0 = gone, else 1 + row in the block); each column's limit, and where its map starts.
+
+    A column needs no map (-1) when it keeps its first ids, and nothing before them is missing from the block.
+    """
     maps: list[Tensor] = [torch.zeros(1, dtype=torch.int64)]
-    where, length, done = [], 1, {}
+    limits, where, length = [], [], 1
+    done: dict[tuple[int, bytes], int] = {}
     for c, (rows, dims) in zip(columns, kept, strict=True):
         union, _ = _union(columns, kept, c.vocabulary, sizes[c.vocabulary])
-        if (bool(rows.all()) and bool(union[: c.rows].all())) or not dims.any():
+        count = int(rows.sum()) if dims.any() else 0
+        limits.append(count)
+        if bool(rows[:count].all()) and bool(union[:count].all()):
             where.append(-1)
             continue
         key = (c.vocabulary, rows.numpy().tobytes())
@@ -246,4 +286,4 @@ def _slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> 
     slots = torch.cat(maps)
     top = int(slots.max())
     narrow = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if top <= torch.iinfo(t).max)
-    return slots.to(narrow), where
+    return slots.to(narrow), limits, where

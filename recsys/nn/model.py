@@ -14,7 +14,7 @@ from recsys.contracts import Batch, EncodedSchema, Fields, Selection
 from recsys.errors import PluginError, RecipeError, listing
 from recsys.nn.head import Head
 from recsys.nn.layout import Layout
-from recsys.nn.selection import KeepAll
+from recsys.nn.selection import KeepAll, both
 from recsys.nn.sequence import MeanPool
 
 Histories = Mapping[str, tuple[Tensor, Tensor]]
@@ -182,10 +182,34 @@ class Model(nn.Module):
         ).train(self.training)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(table parameters, other parameters): the embedding and the first-order weights, and all the rest."""
+        """(table parameters, other parameters): the embedding and the first-order weights, and all the rest.
+
+        Without those that a part updates itself or that a search learns.
+        """
+        parts = self._parts()
+        apart = [p for part in parts if isinstance(part, contracts.Stepped) for p in part.own_parameters()]
+        apart += [p for part in parts if isinstance(part, contracts.Searched) for p in part.architecture()]
+        seen = {id(p) for p in apart}
         tables = [*self.embedding.parameters(), *self.head.table_parameters().values()]
-        seen = {id(p) for p in tables}
+        tables = [p for p in tables if id(p) not in seen]
+        seen |= {id(p) for p in tables}
         return tables, [p for p in self.parameters() if id(p) not in seen]
+
+    def stepped(self) -> list[contracts.Stepped]:
+        """The parts that change themselves after every optimizer step."""
+        return [part for part in self._parts() if isinstance(part, contracts.Stepped)]
+
+    def searched(self) -> list[contracts.Searched]:
+        """The parts with something that a bilevel search learns."""
+        return [part for part in self._parts() if isinstance(part, contracts.Searched)]
+
+    def kept(self) -> Selection:
+        """What the selector keeps, and the embedding, where it decides."""
+        chosen = self.selector.kept()
+        return both(chosen, self.embedding.kept()) if isinstance(self.embedding, contracts.Deciding) else chosen
+
+    def _parts(self) -> list[object]:
+        return [self.embedding, self.selector, *self.sequences, *self.interactions]
 
     @torch.no_grad()
     def explain(self, batch: Batch) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -56,16 +58,35 @@ def everything(fields: Fields) -> Selection:
 
 def is_everything(selection: Selection, fields: Fields) -> bool:
     """Whether `selection` drops nothing of `fields`."""
-    masks = (*selection.rows.values(), *selection.dims.values())
+    masks = (*selection.rows.values(), *selection.dims.values(), *selection.elements.values())
     return set(selection.fields) >= set(fields.names) and all(bool(m.all()) for m in masks)
 
 
+def both(one: Selection, other: Selection) -> Selection:
+    """The selection that keeps what both keep.
+
+    A history column that only one of them names is as that one says.
+    """
+
+    def masks(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {**b, **a}
+        return {n: a[n].cpu().bool() & b[n].cpu().bool() if n in a and n in b else given[n] for n in given}
+
+    fields = tuple(name for name in one.fields if name in other.fields)
+    return Selection(
+        fields, masks(one.rows, other.rows), masks(one.dims, other.dims), masks(one.elements, other.elements)
+    )
+
+
 def save_selection(selection: Selection, path: Path) -> None:
-    """Write a selection as safetensors: one bool vector per mask, the kept fields in the metadata."""
+    """Write a selection as safetensors: the masks, those of elements eight in a byte; the kept fields as metadata."""
     tensors = {f"rows/{k}": v.detach().cpu().bool().contiguous() for k, v in selection.rows.items()}
     tensors |= {f"dims/{k}": v.detach().cpu().bool().contiguous() for k, v in selection.dims.items()}
+    shapes = {k: list(v.shape) for k, v in selection.elements.items()}
+    tensors |= {f"elements/{k}": _packed(v) for k, v in selection.elements.items()}
+    meta = {"format": FORMAT, "fields": selection.fields} | ({"elements": shapes} if shapes else {})
     # One entry: safetensors writes several in an order that differs from process to process.
-    save_file(tensors, path, metadata={"selection": json.dumps({"format": FORMAT, "fields": selection.fields})})
+    save_file(tensors, path, metadata={"selection": json.dumps(meta)})
 
 
 def load_selection(path: Path) -> Selection:
@@ -82,7 +103,19 @@ def load_selection(path: Path) -> Selection:
         raise RunError(f"{path}: cannot be read as a selection: {e}") from e
     if meta.get("format") != FORMAT:
         raise RunError(f"{path}: not a selection file (format {meta.get('format')!r}, expected {FORMAT!r})")
-    return Selection(tuple(meta["fields"]), _masks(tensors, "rows/"), _masks(tensors, "dims/"))
+    packed, shapes = _masks(tensors, "elements/"), meta.get("elements", {})
+    elements = {k: _unpacked(v, shapes[k]) for k, v in packed.items()}
+    return Selection(tuple(meta["fields"]), _masks(tensors, "rows/"), _masks(tensors, "dims/"), elements)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Eight bits in a byte, `[rows, D] -> [⌈rows · D / 8⌉]` uint8."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().bool().numpy().ravel()))
+
+
+def _unpacked(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits.astype(bool)).view(*shape)
 
 
 def _masks(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.nn.compact import CompactTable, keep_masks
 from recsys.nn.layout import Column, Guard, Layout, scale
+from recsys.nn.sparse import ElementTable, compact
 
 
 class Table(nn.Module):
@@ -66,15 +67,17 @@ class Table(nn.Module):
         """Rows of one vocabulary block, `[n] -> [n, D]`, detached."""
         return self.weight.detach().index_select(0, rows + self.layout.offsets[vocabulary])
 
-    def prune(self, selection: Selection) -> Table | CompactTable:
+    def prune(self, selection: Selection) -> Table | CompactTable | ElementTable:
         """Return the smaller table that gives the same vectors, and exact zeros for what `selection` drops.
 
         A selection that drops nothing gives a copy of this table.
         """
         masks = keep_masks(self.layout, self.fields.dim, selection)
-        if all(bool(m.all()) for pair in masks for m in pair):
+        if all(bool(m.all()) for pair in masks for m in pair) and all(
+            bool(m.all()) for m in selection.elements.values()
+        ):
             return copy.deepcopy(self)
-        return CompactTable(self.schema, self, selection)
+        return compact(self.schema, self, selection)
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """`weight [N, D]`."""

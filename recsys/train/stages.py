@@ -68,21 +68,21 @@ class Reset:
 
 
 class Prune:
-    """Remove what the selector decided to leave out, physically: a smaller model, the same predictions."""
+    """Remove what the selector and the embedding left out, physically: a smaller model, the same predictions."""
 
     name = "prune"
 
     def run(self, run: Run) -> None:
         """Replace `run.model` by its smaller version."""
         before = run.model.bytes()
-        selection = run.model.selector.kept()
+        selection = run.model.kept()
         whole = is_everything(selection, run.model.embedding.fields)
         run.apply_selection(selection)
         run.keep_weights()
         after = run.model.bytes()
         if run.world.leads:
             write_json(run.stage_folder / "prune.json", {"bytes_before": before, "bytes_after": after})
-        nothing = " (the selector kept everything)" if whole else ""
+        nothing = " (everything is kept)" if whole else ""
         run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning
 import torch
@@ -86,6 +87,9 @@ class Task(lightning.LightningModule):
         Raises:
             NonFiniteError: the guard has learned of a step that stops.
         """
+        for searched in self.model.searched():
+            for parameter in searched.architecture():  # nothing here moves them, nor takes their gradients away
+                parameter.grad = None
         if self._clip_norm:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self._clip_norm)
         else:
@@ -94,9 +98,21 @@ class Task(lightning.LightningModule):
         self.loss_sum = torch.where(masked, self._loss_before, self.loss_sum)
         self._kept.restore_where(masked)
         self.guard.look(self.step)
+        for part in self.model.stepped():
+            for parameter in part.own_parameters():
+                if parameter.grad is not None:
+                    parameter.grad = torch.where(masked, 0.0, parameter.grad)
         if not self._masks and bool(masked):
             # An optimizer without a mask leaves alone what has no gradient: neither decay, nor moments, nor counts.
             for parameter in self.parameters():
+                parameter.grad = None
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Make the optimizer's step, then let the parts make changes of their own."""
+        super().optimizer_step(*args, **kwargs)
+        for part in self.model.stepped():
+            part.after_step()
+            for parameter in part.own_parameters():
                 parameter.grad = None
 
     def training_step(self, batch: Batch, index: int) -> Tensor:

@@ -114,6 +114,17 @@ def test_dropping_dimensions_needs_no_map():
     assert len(small.slots) == 1
 
 
+def test_keeping_the_first_ids_needs_no_map():
+    table = Table(EncodedSchema((Field("a", 1000), Field("b", 50), Field("c", 50, shares="b"))), dim=2)
+    rows = {"a": torch.arange(1000) < 700, "b": torch.arange(50) < 20, "c": torch.arange(50) < 30}
+    small = table.prune(Selection(("a", "b", "c"), rows))
+    assert len(small.slots) == 1
+    assert small.flat.numel() == 2 * (1 + 700 + 30)
+    ids = torch.arange(1000).unsqueeze(1).expand(-1, 3).contiguous()
+    kept = torch.stack([ids[:, 0] < 700, (ids[:, 1] < 20) | (ids[:, 1] >= 50), (ids[:, 2] < 30) | (ids[:, 2] >= 50)], 1)
+    assert torch.equal(small(ids), table(ids) * kept.unsqueeze(-1))
+
+
 def test_a_dropped_field_costs_nothing():
     table = Table(EncodedSchema((Field("a", 5000), Field("b", 10))), dim=8)
     assert table.prune(Selection(("b",))).flat.numel() == 8 * 11
@@ -163,9 +174,9 @@ def test_state_round_trip_through_the_same_pruning():
 
 def test_the_slot_map_takes_wider_types_only_when_it_must():
     def stored(keep):
-        rows = torch.arange(40_000) < keep
+        rows = torch.arange(40_000) >= 40_000 - keep
         table = Table(EncodedSchema((Field("a", 40_000),)), dim=1).prune(Selection(("a",), {"a": rows}))
-        ids = torch.tensor([[0], [keep - 1], [keep], [39_999]])
+        ids = torch.tensor([[39_999], [40_000 - keep], [39_999 - keep], [0]])
         assert (table(ids)[:, 0, 0] == 0).tolist() == [False, False, True, True]
         return table.slots.dtype
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from recsys.contracts import Fields, Selection
 from recsys.errors import RunError
-from recsys.nn.selection import KeepAll, everything, is_everything, load_selection, save_selection
+from recsys.nn.selection import KeepAll, both, everything, is_everything, load_selection, save_selection
 
 FIELDS = Fields(("user", "größe/é", "rows/x"), (4, 5, 6), 3)
 bits = st.lists(st.booleans(), min_size=1, max_size=9).map(lambda b: torch.tensor(b))
@@ -25,6 +25,39 @@ def test_a_file_gives_back_the_same_selection(tmp_path_factory, fields, rows, di
     for got, want in ((loaded.rows, rows), (loaded.dims, dims)):
         assert set(got) == set(want)
         assert all(torch.equal(got[k], want[k]) and got[k].dtype == torch.bool for k in want)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 10**6))
+def test_masks_of_elements_come_back_from_an_eighth_of_their_bytes(tmp_path_factory, rows, dim, seed):
+    path = tmp_path_factory.mktemp("s") / "selection.safetensors"
+    mask = torch.rand(rows, dim, generator=torch.Generator().manual_seed(seed)) < 0.5
+    save_selection(Selection(("a",), elements={"a": mask, "h.b": mask[:, :1]}), path)
+    loaded = load_selection(path).elements
+    assert torch.equal(loaded["a"], mask)
+    assert torch.equal(loaded["h.b"], mask[:, :1])
+    big = torch.ones(10_000, 16, dtype=torch.bool)
+    save_selection(Selection(("a",), elements={"a": big}), path)
+    assert path.stat().st_size < 10_000 * 2 + 1000
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(names, unique=True), st.lists(names, unique=True), st.data())
+def test_both_keeps_what_each_of_two_keeps(one, two, data):
+    def draw():
+        return data.draw(st.dictionaries(names, st.just(torch.rand(4) < 0.5)))
+
+    a = Selection(tuple(one), draw(), draw(), {"user": torch.rand(4, 3) < 0.5})
+    b = Selection(tuple(two), draw(), draw(), {"user": torch.rand(4, 3) < 0.5})
+    found = both(a, b)
+    assert set(found.fields) == set(one) & set(two)
+    for part in ("rows", "dims", "elements"):
+        x, y = getattr(a, part), getattr(b, part)
+        for name in set(x) | set(y):
+            want = torch.ones_like(x.get(name, y.get(name)))
+            for masks in (x, y):
+                want = want & masks.get(name, torch.ones_like(want))
+            assert torch.equal(getattr(found, part)[name], want)
 
 
 def test_views_are_saved_without_what_they_are_a_view_of(tmp_path):
@@ -47,6 +80,7 @@ def test_everything_and_what_is_less():
     assert not is_everything(Selection(FIELDS.names[1:]), FIELDS)
     assert not is_everything(Selection(FIELDS.names, {"user": torch.tensor([1, 0, 1, 1])}), FIELDS)
     assert not is_everything(Selection(FIELDS.names, dims={"user": torch.tensor([1, 0, 1])}), FIELDS)
+    assert not is_everything(Selection(FIELDS.names, elements={"user": torch.tensor([[1, 0, 1]])}), FIELDS)
 
 
 def test_keep_all_is_the_identity():

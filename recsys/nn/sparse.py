@@ -1,0 +1,226 @@
+"""The table of which single numbers were left out: what is kept stands back to back, found through one bit each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recsys.contracts import EncodedSchema, Fields, Selection
+from recsys.nn.compact import CompactTable, RowSource, Slots, element_masks, slot_maps
+from recsys.nn.layout import Column, Layout, scale
+
+
+class ElementTable(nn.Module):
+    """Kept numbers of kept rows, each row with D bits that say which.
+
+    The numbers stand in one flat parameter, row after row. A row has ⌈D/8⌉ bytes of bits and the place of its first
+    number; the k-th coordinate stands at that place plus the number of bits before k. Rows without any number are not
+    stored. Outputs are `[B, F, D]` as before, with exact zeros where something is gone.
+
+    Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps.
+    """
+
+    def __init__(self, schema: EncodedSchema, source: RowSource, selection: Selection) -> None:
+        super().__init__()
+        self.schema, self.layout, self.fields = schema, source.layout, source.fields
+        self.kept: list[Tensor] = element_masks(source.layout, source.fields.dim, selection)  # each [rows, D]
+        if isinstance(source, ElementTable):
+            self.kept = [new & old for new, old in zip(self.kept, source.kept, strict=True)]
+        columns = self.layout.columns
+        unions = [_union(columns, self.kept, v, size) for v, size in enumerate(self.layout.rows)]
+        self.flat = nn.Parameter(_numbers(source, unions))
+        self.bits: Tensor
+        self.start: Tensor
+        self.slots: Tensor
+        bits, start, base, own = _rows(columns, self.kept, unions, self.layout.rows)
+        whole = torch.ones(self.fields.dim, dtype=torch.bool)
+        found, limits, where = slot_maps(columns, [(m.any(1), whole & m.any()) for m in self.kept], self.layout.rows)
+        for name, tensor in {"bits": bits, "start": start, "slots": found}.items():
+            self.register_buffer(name, tensor, persistent=False)
+        parts = list(zip(columns, base, own, where, limits, strict=True))
+        count = len(self.layout.fields)
+        self.reader = ElementReader(parts[:count], self.fields.dim)
+        self.groups = tuple(self.layout.histories)
+        self.readers = nn.ModuleList()
+        for group in self.layout.histories.values():
+            self.readers.append(ElementReader(parts[count : count + len(group)], self.fields.dim))
+            count += len(group)
+
+    def forward(self, ids: Tensor, values: Tensor | None = None) -> Tensor:
+        """`[B, F] int64, [B, F] float -> [B, F, D]`.
+
+        Raises:
+            ValueError: the schema has numeric fields and `values` is None.
+        """
+        if values is None and self.schema.has_numeric:
+            raise ValueError("the schema has numeric fields: the table needs their values")
+        e, safe = self.reader(ids, self.flat, self.bits, self.start, self.slots)
+        return scale(e, safe, values)
+
+    def history(self, group: str, ids: Tensor) -> Tensor:
+        """`[B, L, K] int64 -> [B, L, K, D]`."""
+        reader = self.readers[self.groups.index(group)]
+        e: Tensor = reader(ids, self.flat, self.bits, self.start, self.slots)[0]
+        return e
+
+    def read(self, vocabulary: int, rows: Tensor) -> Tensor:
+        """Rows of one vocabulary block, `[n] -> [n, D]`, zeros where nothing is stored."""
+        union = _union(self.layout.columns, self.kept, vocabulary, self.layout.rows[vocabulary])
+        before = sum(
+            int(_union(self.layout.columns, self.kept, v, size).sum())
+            for v, size in enumerate(self.layout.rows[:vocabulary])
+        )
+        place = (before + union.flatten().cumsum(0)).view(union.shape)  # one number stands in front of all
+        at = torch.where(union, place, 0)[rows.cpu()].to(self.flat.device)  # [n, D]
+        return self.flat.detach().index_select(0, at.flatten()).view(at.shape).masked_fill(at == 0, 0.0)
+
+    def prune(self, selection: Selection) -> ElementTable:
+        """Return a smaller table still; what is gone stays gone."""
+        return ElementTable(self.schema, self, selection)
+
+    def export_tables(self) -> Mapping[str, Tensor]:
+        """The numbers, bits and places of the rows, the id maps, and where each column finds its part."""
+        tables = {"flat": self.flat.detach(), "bits": self.bits, "start": self.start, "slots": self.slots}
+        names = ("fields", *(f"history.{g}" for g in self.groups))
+        for name, reader in zip(names, (self.reader, *self.readers), strict=True):
+            tables |= {f"{name}.{k}": v for k, v in reader.named_buffers(recurse=False)}
+        return tables
+
+
+class ElementReader(nn.Module):
+    """From a column's own ids to rows of bits, and through them to numbers."""
+
+    def __init__(self, parts: Sequence[tuple[Column, int, int, int, int]], dim: int) -> None:
+        super().__init__()
+        columns, base, own, where, limits = (list(x) for x in zip(*parts, strict=True)) if parts else ([],) * 5
+        self.slots = Slots(columns, where, limits)
+        self.dim = dim
+        self.same = base == own
+        self.base: Tensor
+        self.own: Tensor
+        self.register_buffer("base", torch.tensor(base, dtype=torch.int64), persistent=False)
+        self.register_buffer("own", torch.tensor(own, dtype=torch.int64), persistent=False)
+
+    def forward(self, ids: Tensor, flat: Tensor, bits: Tensor, start: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., C] -> e [..., C, D], guarded ids [..., C]`."""
+        slot, safe = self.slots(ids, slots)
+        gone = slot < 0
+        row = torch.where(gone, 0, self.base + slot)  # [..., C]; row 0 has no number
+        stored = self._unpack(bits, row)  # [..., C, D]
+        first = start.index_select(0, row.flatten()).view(row.shape).long().unsqueeze(-1)
+        place = first + stored.cumsum(-1) - 1
+        shown = stored if self.same else self._unpack(bits, torch.where(gone, 0, self.own + slot))
+        numbers = flat.index_select(0, torch.where(shown.bool(), place, 0).flatten()).view(place.shape)
+        return torch.where(shown.bool(), numbers, 0.0), safe
+
+    def _unpack(self, bits: Tensor, row: Tensor) -> Tensor:
+        """`[..., C] -> [..., C, D]` of zeros and ones, int64."""
+        packed = bits.index_select(0, row.flatten()).view(*row.shape, bits.shape[1], 1).long()
+        single = (packed >> torch.arange(8, device=bits.device)) & 1  # [..., C, ⌈D/8⌉, 8]
+        return single.flatten(-2)[..., : self.dim]
+
+
+def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> CompactTable | ElementTable:
+    """Return the smallest table that gives the rows of `source` with zeros for what `selection` drops.
+
+    Rows × dimensions, or single numbers with a bit for each: whichever takes fewer bytes. The choice depends on the
+    selection alone, so that a table can be built again from it.
+
+    Args:
+        schema: of the inputs.
+        source: whose rows are copied.
+        selection: what is kept.
+    """
+    if not selection.elements:
+        return CompactTable(schema, source, selection)
+    dim = source.fields.dim
+    columns, sizes = source.layout.columns, source.layout.rows
+    masks = element_masks(source.layout, dim, selection)
+    unions = [_union(columns, masks, v, size) for v, size in enumerate(sizes)]
+    hull = sum(4 * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
+    single = sum(4 * int(u.sum()) + int(u.any(1).sum()) * (-(-dim // 8) + 4) for u in unions)
+    # Zeros of the block itself are what a column sees within its rows × dimensions; other gaps need bits.
+    told = all(
+        torch.equal(unions[c.vocabulary][: c.rows] & m.any(1, keepdim=True) & m.any(0), m)
+        for c, m in zip(columns, masks, strict=True)
+    )
+    if single < hull or not told:
+        return ElementTable(schema, source, selection)
+    names = [c.name for c in source.layout.columns]
+    around = Selection(
+        selection.fields,
+        {name: m.any(1) for name, m in zip(names, masks, strict=True)},
+        {name: m.any(0) for name, m in zip(names, masks, strict=True)},
+    )
+    return CompactTable(schema, Masked(source, masks), around)
+
+
+class Masked:
+    """A source of rows with zeros where no column of the vocabulary keeps a number."""
+
+    def __init__(self, source: RowSource, masks: Sequence[Tensor]) -> None:
+        self.layout: Layout = source.layout
+        self.fields: Fields = source.fields
+        self._source, self._masks = source, masks
+
+    def read(self, vocabulary: int, rows: Tensor) -> Tensor:
+        """Rows of one vocabulary block, `[n] -> [n, D]`."""
+        union = _union(self.layout.columns, self._masks, vocabulary, self.layout.rows[vocabulary])
+        found = self._source.read(vocabulary, rows)
+        return found.masked_fill(~union[rows.cpu()].to(found.device), 0.0)
+
+
+def _union(columns: Sequence[Column], masks: Sequence[Tensor], vocabulary: int, size: int) -> Tensor:
+    """What a block must store, `[size, D]`: any number that a column reading it keeps."""
+    union = torch.zeros(size, masks[0].shape[1], dtype=torch.bool)
+    for c, mask in zip(columns, masks, strict=True):
+        if c.vocabulary == vocabulary:
+            union[: c.rows] |= mask
+    return union
+
+
+def _numbers(source: RowSource, unions: Sequence[Tensor]) -> Tensor:
+    """The kept numbers of all blocks, row after row, after one number that nothing reads."""
+    pieces = [source.read(0, torch.zeros(0, dtype=torch.int64)).new_zeros(1)]
+    for v, union in enumerate(unions):
+        rows = union.any(1).nonzero().squeeze(1)
+        device = pieces[0].device
+        part = source.read(v, rows.to(device))
+        pieces.append(part[union[rows].to(device)])
+    return torch.cat(pieces)
+
+
+def _rows(
+    columns: Sequence[Column], masks: Sequence[Tensor], unions: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """Bits `[N', ⌈D/8⌉]` and first places `[N]` of the stored rows; each column's first row there, and of its own bits.
+
+    Row 0 has no number. A column that keeps less than its block stores has bits of its own, after those of the blocks.
+    """
+    dim = masks[0].shape[1]
+    stored = [torch.zeros(1, dim, dtype=torch.bool), *(u[u.any(1)] for u in unions)]
+    first = torch.tensor([len(s) for s in stored]).cumsum(0).tolist()
+    counts = torch.cat(stored).sum(1)
+    start = 1 + counts.cumsum(0) - counts
+    kind = torch.int32 if int(start[-1]) < 2**31 else torch.int64
+    base = [first[c.vocabulary] for c in columns]
+    own, extra, length = [], [], first[-1]
+    for c, mask in zip(columns, masks, strict=True):
+        whole = torch.zeros(sizes[c.vocabulary], dim, dtype=torch.bool)
+        whole[: c.rows] = mask
+        union = unions[c.vocabulary]
+        if torch.equal(whole[: c.rows], union[: c.rows]):
+            own.append(first[c.vocabulary])
+            continue
+        own.append(length)
+        extra.append(whole[union.any(1)])
+        length += len(extra[-1])
+    return _pack_bits(torch.cat([*stored, *extra])), start.to(kind), base, own
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """`[n, D] bool -> [n, ⌈D/8⌉]` uint8, the first bit the lowest."""
+    padded = torch.nn.functional.pad(bits.long(), (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
+    return (padded << torch.arange(8)).sum(2).to(torch.uint8)
