@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field as Limits
@@ -18,46 +19,126 @@ Preset = Literal["paper", "official", "fuxictr", "deepctr"]
 Residual = Literal["projected", "identity", "none"]
 Share = Annotated[float, Limits(ge=0, lt=1)]
 
-SMALL = 24
-"""Up to so many fields, on a CPU, `_Attention` is faster than the blockwise kernel; the shares `[B, heads, F, F]` are
-then no larger than a projection, and kept for the gradient alone."""
+SMALL = 40
+"""Up to so many fields, on a CPU, `_Layer` is faster than the blockwise kernel of attention. It keeps the shares
+`[heads, B, F, F]` for the gradient, which are then about as large as the projections."""
+
+SCORES = 2**17
+"""Number of scores that `_Layer` works on at a time: with what belongs to their rows they fit a core's cache."""
 
 
-def _shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """`softmax(scale · q kᵀ)`, `q, k [n, F, d'] -> [n, F, F]`."""
-    scores = torch.bmm(q, k.transpose(1, 2)) * scale
-    # Step by step: the kernel of softmax takes five times as long for rows as short as these.
-    scores = (scores - scores.amax(2, keepdim=True)).exp()
-    return scores / scores.sum(2, keepdim=True)
+class Sizes(NamedTuple):
+    """What `_Layer` has to know beside its tensors: total width and number of heads, factor of the scores, ReLU."""
+
+    width: int
+    heads: int
+    scale: float
+    rectified: bool
+
+    def parts(self, *projected: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """`[n, F, width]` each; for every head, its part `[n, F, d']` of all of them."""
+        return zip(*(torch.split(x, self.width // self.heads, 2) for x in projected), strict=True)
+
+    def rows(self, count: int) -> int:
+        """How many rows of `count` fields to work on at a time."""
+        return max(1, SCORES // (self.heads * max(count * count, self.width)))
 
 
-class _Attention(torch.autograd.Function):
-    """`softmax(scale · q kᵀ) v`, `q, k, v [n, F, d'] -> [n, F, d']`, with the gradient in closed form.
+def _projected(e: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """All projections side by side, with a ReLU where they have a bias, `[B, F, D] -> [B, F, parts · width]`."""
+    return F.linear(e, weight) if bias is None else F.linear(e, weight, bias).relu_()
 
-    With P the shares and G the gradient above: dP = G vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)) · scale, and then
-    dq = dS k, dk = dSᵀ q, dv = Pᵀ G.
+
+def _shares_(scores: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`softmax(scale · q kᵀ)` in the memory of `scores`, `q, k [n, F, d'] -> [n, F, F]`."""
+    # Step by step: the kernel of softmax takes up to five times as long for rows as short as these. The largest score
+    # is taken off first only where the sums show that it has to be.
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores).exp_()
+    total = scores.sum(2, keepdim=True)
+    if not bool(((total > 1e-15) & (total < 1e15)).all()):  # a sum that is NaN too
+        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
+        scores.sub_(scores.amax(2, keepdim=True)).exp_()
+        total = scores.sum(2, keepdim=True)
+    return scores.mul_(total.reciprocal_())
+
+
+def _head_gradients(parts: tuple[Tensor, ...], shares: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v and the gradient above of one head, each `[n, F, d']`, to the gradients of q, k, v, as `_Layer` says."""
+    q, k, v, above = parts
+    ds = torch.bmm(above, v.transpose(1, 2))  # dP
+    if shares.shape[2] < 16:  # shorter than a vector, which the kernel is slow for
+        ds = ds.mul_(shares)
+        ds.addcmul_(shares, ds.sum(2, keepdim=True), value=-1)
+    else:
+        ds = torch.ops.aten._softmax_backward_data(ds, shares, 2, ds.dtype)
+    if scale != 1:
+        ds.mul_(scale)
+    return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), above)
+
+
+class _Layer(torch.autograd.Function):
+    """Projections, attention, projected residual and ReLU, `[B, F, D] -> [B, F, width]`, the gradient in closed form.
+
+    With P the shares of a head, v its values and G the gradient above: dP = G vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)) ·
+    scale, and then dq = dS k, dk = dSᵀ q, dv = Pᵀ G. All of it happens for some rows of the batch at a time, so that
+    what one step writes is in the cache when the next one reads it.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        # As in `_shares`, but in the memory of the scores.
-        shares = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        shares.sub_(shares.amax(2, keepdim=True)).exp_()
-        shares.div_(shares.sum(2, keepdim=True))
-        ctx.save_for_backward(q, k, v, shares)
-        ctx.scale = scale
-        return torch.bmm(shares, v)
+    def forward(ctx: Any, e: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
+        rows, count, _ = e.shape
+        shares = e.new_empty(sizes.heads, rows, count, count)
+        out = e.new_empty(rows, count, sizes.width)
+        step = sizes.rows(count)
+        kept: list[Tensor] = []
+        for x, p, y in zip(*(torch.split(z, step) for z in (e, shares.transpose(0, 1), out)), strict=True):
+            kept.append(_projected(x, weight, bias))
+            q, k, v, *residual = torch.split(kept[-1], sizes.width, 2)
+            heads = zip(p.unbind(1), sizes.parts(q, k, v), strict=True)
+            torch.cat([torch.bmm(_shares_(s, q, k, sizes.scale), v) for s, (q, k, v) in heads], 2, out=y)
+            if residual:
+                y.add_(residual[0])
+            if sizes.rectified:
+                y.relu_()
+        ctx.save_for_backward(e, weight, bias, shares, out, *kept)
+        ctx.sizes = sizes
+        return out
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, shares = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # somebody wants gradients of these gradients, and so needs where the shares are from
-            shares = _shares(q, k, ctx.scale)
-        ds = torch.bmm(above, v.transpose(1, 2)) * shares
-        ds = (ds - shares * ds.sum(2, keepdim=True)) * ctx.scale
-        return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), above), None
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        e, weight, bias, shares, out, *kept = saved = ctx.saved_tensors
+        sizes, needs = ctx.sizes, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
+            # Of views, so that what one of them owes to another is not counted here.
+            given: list[Any] = [x.view_as(x) if needed else x for x, needed in zip(saved[:3], needs, strict=True)]
+            leaves = [x for x, needed in zip(given, needs, strict=True) if needed]
+            found = iter(torch.autograd.grad(_plain(sizes, *given), leaves, above, create_graph=True))
+            return *(next(found) if needed else None for needed in needs), None
+        d_e, d_weight = e.new_empty(e.shape), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        step = sizes.rows(e.shape[1])
+        blocks = (torch.split(x, step) for x in (e, shares.transpose(0, 1), out, above, d_e))
+        for x, p, y, g, d_x, projected in zip(*blocks, kept, strict=True):
+            g = torch.ops.aten.threshold_backward(g, y, 0) if sizes.rectified else g
+            heads = zip(sizes.parts(*torch.split(projected, sizes.width, 2)[:3], g), p.unbind(1), strict=True)
+            d = zip(*(_head_gradients(parts, s, sizes.scale) for parts, s in heads), strict=True)
+            residual = [g] if len(weight) > 3 * sizes.width else []
+            d_parts = torch.cat([*itertools.chain(*d), *residual], 2)
+            if d_bias is not None:
+                d_parts = torch.ops.aten.threshold_backward(d_parts, projected, 0)
+                d_bias.add_(d_parts.sum((0, 1)))
+            flat = d_parts.flatten(0, 1)
+            torch.mm(flat, weight, out=d_x.flatten(0, 1))
+            d_weight.addmm_(flat.t(), x.flatten(0, 1))
+        return d_e, d_weight, d_bias, None
+
+
+def _plain(sizes: Sizes, e: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `_Layer` computes, of operations that torch can differentiate as often as it likes."""
+    q, k, v, *residual = _projected(e, weight, bias).chunk(len(weight) // sizes.width, 2)
+    mixed = [torch.softmax(sizes.scale * q @ k.mT, 2) @ v for q, k, v in sizes.parts(q, k, v)]
+    out = sum(residual, torch.cat(mixed, 2))
+    return out.relu() if sizes.rectified else out
 
 
 @dataclass(frozen=True)
@@ -126,57 +207,50 @@ class InteractingLayer(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, F, width]`."""
-        q, k, v, residual = self._project(e)
-        out = self.mix(q, k, v)
-        if residual is not None:
-            out = out + residual
-        if self.norm is not None and not self.variant.norm_last:
-            out = self.norm(out)
-        # In place where it is a tensor of our own, which nothing else keeps for its gradient.
-        out = F.relu(out, inplace=residual is not None)
-        if self.norm is not None and self.variant.norm_last:
-            out = self.norm(out)
-        return out
+        identity = self.variant.residual == "identity" and self.parts == 3
+        norm_first = self.norm is not None and not self.variant.norm_last
+        rectified = not identity and not norm_first
+        if _by_hand(e) and not (self.training and self.dropout):
+            sizes = Sizes(self.width, self.heads, self.scale, rectified)
+            out: Tensor = _Layer.apply(e, self.weight, self.bias, sizes)  # type: ignore[no-untyped-call]
+        else:
+            out = self._mixed(e)
+            out = out.relu() if rectified else out
+        out = out + e if identity else out
+        out = self.norm(out) if self.norm is not None and norm_first else out
+        out = out if rectified else out.relu()
+        return self.norm(out) if self.norm is not None and not norm_first else out
 
     def attention(self, e: Tensor) -> Tensor:
         """Who looks at whom, `[B, F, D] -> [B, heads, F, F]`; rows add up to one."""
-        q, k, _, _ = self._project(e)
+        q, k = (self._by_head(x) for x in self._project(e)[:2])
         return torch.softmax(q @ k.transpose(2, 3) * self.scale, dim=-1)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each field takes from all, `q, k, v [B, heads, F, d'] -> [B, F, width]`."""
+    def _mixed(self, e: Tensor) -> Tensor:
+        """What each field takes from all, and the projected residual, `[B, F, D] -> [B, F, width]`."""
+        q, k, v, *residual = self._project(e)
+        q, k, v = (self._by_head(x) for x in (q, k, v))
+        # The scale is always given: left out, attention would divide by √d' whatever the variant says.
         dropout = self.dropout if self.training else 0.0
-        if _by_hand(q) and not dropout:
-            flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-            mixed = _Attention.apply(*flat, self.scale).view(q.shape)  # type: ignore[no-untyped-call]
-        else:
-            # The scale is always given: left out, attention would divide by √d' whatever the variant says.
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        out: Tensor = mixed.transpose(1, 2).flatten(2)
-        return out
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return sum(residual, mixed.transpose(1, 2).flatten(2))
 
-    def _project(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`[B, F, D] -> q, k, v [B, heads, F, d'], residual [B, F, width] or None`."""
-        # One product on a GPU. On a CPU one per projection: the gradient of cutting a wide result into parts costs
-        # more there than three products more.
-        if e.is_cuda:
-            pieces = list(F.linear(e, self.weight, self.bias).chunk(self.parts, dim=2))  # each [B, F, width]
-        else:
-            biases = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
-            pieces = [F.linear(e, w, b) for w, b in zip(self.weight.chunk(self.parts), biases, strict=True)]
-        pieces = [F.relu(p) for p in pieces] if self.variant.activated else pieces
-        q, k, v = (p.view(*p.shape[:2], self.heads, self.width // self.heads).transpose(1, 2) for p in pieces[:3])
-        residual = e if self.variant.residual == "identity" else None
-        return q, k, v, pieces[3] if self.parts == 4 else residual
+    def _by_head(self, x: Tensor) -> Tensor:
+        """`[B, F, width] -> [B, heads, F, d']`."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def _project(self, e: Tensor) -> tuple[Tensor, ...]:
+        """`[B, F, D] -> q, k, v` and, where it is learned, the residual, each `[B, F, width]`."""
+        return _projected(e, self.weight, self.bias).chunk(self.parts, 2)
 
 
-def _by_hand(q: Tensor) -> bool:
-    """Whether `_Attention` is the fastest for `q [B, heads, F, d']`: few fields on a CPU, outside of exports.
+def _by_hand(e: Tensor) -> bool:
+    """Whether `_Layer` is the fastest for `e [B, F, D]`: few fields on a CPU, outside of exports.
 
     Half precision is left to the kernel, which adds up in single precision.
     """
-    exact = q.dtype in (torch.float32, torch.float64)
-    return q.device.type == "cpu" and exact and q.shape[2] <= SMALL and not torch.compiler.is_compiling()
+    exact = e.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return e.device.type == "cpu" and exact and 0 < e.shape[1] <= SMALL and not torch.compiler.is_compiling()
 
 
 class AutoInt(nn.Module):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field as Limits
@@ -21,6 +21,126 @@ Hidden = Annotated[tuple[PositiveInt, ...], Limits(min_length=1)]
 NARROW = 64
 """Up to this W the first layer uses one matrix `[H, W]` per row: they are no larger than the `[B, L, H]` that follows
 for L ≥ W, and save a second product over all events."""
+
+BLOCK = 2**17
+"""Number of values that `_Dice` and `_First` work on at a time; they stay in a core's cache."""
+
+
+def _dice(x: Tensor, y: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
+    """Dice of `x [..., H]` whose standardised values are `y`."""
+    p = torch.sigmoid(y if beta is None else beta * y)
+    return x * torch.addcmul(alpha, 1 - alpha, p)
+
+
+def _dice_of_rows(x: Tensor, alpha: Tensor, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_Dice` computes, of operations that torch can differentiate."""
+    y, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+    return _dice(x, y, alpha, beta), mean, inverse
+
+
+class _Dice(torch.autograd.Function):
+    """Dice by the statistics of the rows, `[N, H] -> [N, H], mean [H], 1 / √(variance + ε) [H]`.
+
+    With y = (s − mean) / √(variance + ε), p = σ(β y), g the gradient above, u = g s p (1 − p) and c = (1 − α) β /
+    √(variance + ε): ds = g (α + (1 − α) p) + c (u − E[u] − y E[u y]), dα = Σ g s (1 − p), dβ = (1 − α) Σ u y. Only s
+    is kept; y and p are made again, for some rows at a time, so that they stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)  # y, as yet
+        slope = 1 - alpha
+        for part, y in zip(*(torch.split(t, _rows(x)) for t in (x, out)), strict=True):
+            p = torch.sigmoid(y if beta is None else beta * y)
+            torch.mul(part, torch.addcmul(alpha, slope, p, out=p), out=y)
+        ctx.save_for_backward(x, alpha, beta, mean, inverse)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, inverse)
+        return out, mean, inverse
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, beta, mean, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
+            return *_gradients(lambda x, a, b: _dice_of_rows(x, a, b, ctx.eps)[0], (x, alpha, beta), above), None
+        dx = torch.empty_like(x)
+        slope, shift = 1 - alpha, -mean * inverse
+        c = slope * inverse if beta is None else slope * inverse * beta
+        sums = x.new_zeros(4, x.shape[1])  # of g s, g s p, u, u y
+        for part, g, d in zip(*(torch.split(t, _rows(x)) for t in (x, above, dx)), strict=True):
+            y = torch.addcmul(shift, part, inverse)
+            p = torch.sigmoid(y if beta is None else beta * y)
+            torch.mul(g, torch.addcmul(alpha, slope, p), out=d)
+            sums[0] += _total(through := g * part)
+            sums[1] += _total(through.mul_(p))
+            u = through.addcmul_(through, p, value=-1)
+            sums[2] += _total(u)
+            d.addcmul_(u, c)
+            sums[3] += _total(u.mul_(y))
+        mean_u, mean_uy = sums[2:] / len(x)
+        tilt = -c * inverse * mean_uy
+        offset = -c * mean_u - mean * tilt
+        for part, d in zip(*(torch.split(t, _rows(x)) for t in (x, dx)), strict=True):
+            d.addcmul_(part, tilt).add_(offset)
+        return dx, sums[0] - sums[1], None if beta is None else slope * sums[3], None
+
+
+def _rows(x: Tensor, size: int | None = None) -> int:
+    """How many rows of `x [N, H]` to work on at a time, of `size` values each if not of H."""
+    return min(max(len(x), 1), max(1, BLOCK // (size or x.shape[1])))
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum over the rows, `[N, H] -> [H]`; a product is faster than `sum`."""
+    return torch.mv(x.t(), x.new_ones(len(x)))
+
+
+def _first(target: Tensor, history: Tensor, query: Tensor, base: Tensor, product: Tensor) -> Tensor:
+    """What `_First` computes, of operations that torch can differentiate."""
+    return torch.bmm(history, (base + product * target.unsqueeze(1)).mT) + query.unsqueeze(1)
+
+
+class _First(torch.autograd.Function):
+    """The first layer, `target [B, W], history [B, L, W], query [B, H], base, product [H, W] -> [B, L, H]`.
+
+    x_t = query + (base + product diag(target)) k_t, with one matrix per row, which is made for some rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, history: Tensor, query: Tensor, base: Tensor, product: Tensor) -> Tensor:
+        out = history.new_empty(*history.shape[:2], len(base))
+        blocks = (torch.split(x, _rows(target, base.numel())) for x in (target, history, query, out))
+        for q, k, x, o in zip(*blocks, strict=True):
+            torch.bmm(k, torch.addcmul(base, product, q.unsqueeze(1)).transpose(1, 2), out=o)
+            o.add_(x.unsqueeze(1))
+        ctx.save_for_backward(target, history, query, base, product)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        target, history, query, base, product = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
+            return _gradients(_first, ctx.saved_tensors, above)
+        d_target, d_history, d_query = (x.new_empty(x.shape) for x in (target, history, query))
+        d_base, d_product = torch.zeros_like(base).flatten(), torch.zeros_like(product).flatten()
+        tensors = target, history, above, d_target, d_history, d_query
+        for q, k, g, dq, dk, dx in zip(*(torch.split(x, _rows(target, base.numel())) for x in tensors), strict=True):
+            torch.bmm(g, torch.addcmul(base, product, q.unsqueeze(1)), out=dk)
+            torch.sum(g, 1, out=dx)
+            d_own = torch.bmm(g.transpose(1, 2), k)  # [n, H, W]
+            d_base += _total(d_own.flatten(1))
+            torch.sum(d_own * product, 1, out=dq)
+            d_product += _total(d_own.mul_(q.unsqueeze(1)).flatten(1))
+        return d_target, d_history, d_query, d_base.view_as(base), d_product.view_as(product)
+
+
+def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], above: Tensor) -> tuple[Any, ...]:
+    """Gradients that can be differentiated again; None for an input that needs none."""
+    # Of views, so that what one input owes to another is not counted here.
+    views = [None if x is None else x.view_as(x) for x in inputs]
+    given = [x for x in views if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(function(*views), given, above, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in views)
 
 
 class Dice(nn.Module):
@@ -57,12 +177,13 @@ class Dice(nn.Module):
         if not self.training:
             y = (x - self.mean) * torch.rsqrt(self.variance + self.eps)
         elif valid is None and x.dim() == 2 and x.shape[0]:
-            y, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
+            of_rows: Callable[..., tuple[Tensor, ...]] = _Dice.apply if _by_hand(x, self.alpha) else _dice_of_rows
+            out, mean, inverse = of_rows(x, self.alpha, self.beta, self.eps)
             self._remember(mean, inverse.pow(-2) - self.eps, None)
+            return out.to(s.dtype)
         else:
             y = self._standardised(x, valid)
-        p = torch.sigmoid(y if self.beta is None else self.beta * y)
-        return (x * torch.addcmul(self.alpha, 1 - self.alpha, p)).to(s.dtype)
+        return _dice(x, y, self.alpha, self.beta).to(s.dtype)
 
     def _standardised(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """`[..., H], [...] -> [..., H]` by the statistics of the valid positions."""
@@ -162,9 +283,11 @@ class DIN(nn.Module):
     def forward(self, target: Tensor, history: Tensor, length: Tensor) -> Tensor:
         """`[B, W], [B, L, W], [B] -> [B, W]`."""
         valid = _valid(history, length)
-        if not _packs(history) or (self.training and self.pad_in_stats):
-            history = history.masked_fill(~valid.unsqueeze(-1), 0.0)
-            return torch.bmm(self._dense(target, history, valid).unsqueeze(1).to(history.dtype), history).squeeze(1)
+        full = _packs(history) and bool(valid.all())
+        if full or not _packs(history) or (self.training and self.pad_in_stats):
+            history = history if full else history.masked_fill(~valid.unsqueeze(-1), 0.0)
+            weight = self._dense(target, history, None if full else valid)
+            return torch.bmm(weight.unsqueeze(1).to(history.dtype), history).squeeze(1)
         at = valid.flatten().nonzero().squeeze(1)  # [N] where the events are in [B · L]
         events = history.flatten(0, 1).index_select(0, at)  # [N, W]
         row = at // history.shape[1]
@@ -177,17 +300,21 @@ class DIN(nn.Module):
         valid = _valid(history, length)
         return self._dense(target, history.masked_fill(~valid.unsqueeze(-1), 0.0), valid)
 
-    def _dense(self, target: Tensor, history: Tensor, valid: Tensor) -> Tensor:
-        """`[B, W], [B, L, W] with zeros in the padding, [B, L] -> [B, L]`."""
+    def _entered(self, target: Tensor, history: Tensor) -> Tensor:
+        """The first layer, `[B, W], [B, L, W] -> [B, L, H]`."""
         w_q, w_k, w_d, w_p = self.first.weight.chunk(4, 1)  # each [H, W]
         query = F.linear(target, w_q + w_d, self.first.bias).unsqueeze(1)  # [B, 1, H]
         if self.width <= NARROW:
-            own = (w_k - w_d) + w_p * target.unsqueeze(1)  # [B, H, W]
-            x = torch.bmm(history, own.transpose(1, 2)) + query  # [B, L, H]
-        else:
-            x = F.linear(history, w_k - w_d) + F.linear(history * target.unsqueeze(1), w_p) + query
-        counted = None if self.pad_in_stats else valid
-        return self._normalised(self.last(self.layers(x, counted)).squeeze(-1), valid)
+            by_hand = _by_hand(target, history, self.first.weight)
+            first: Callable[..., Tensor] = _First.apply if by_hand else _first
+            return first(target, history, query.squeeze(1), w_k - w_d, w_p)
+        return F.linear(history, w_k - w_d) + F.linear(history * target.unsqueeze(1), w_p) + query
+
+    def _dense(self, target: Tensor, history: Tensor, valid: Tensor | None) -> Tensor:
+        """`[B, W], [B, L, W] with zeros in the padding, [B, L] or None where there is none -> [B, L]`."""
+        x = self._entered(target, history)
+        x = self.layers(x.flatten(0, 1) if valid is None else x, None if self.pad_in_stats else valid)
+        return self._normalised(self.last(x).view(history.shape[:2]), valid)
 
     def _packed(self, target: Tensor, events: Tensor, row: Tensor, at: Tensor, valid: Tensor) -> Tensor:
         """`[B, W], [N, W], [N] row of each event, [N] position, [B, L] -> [N]`."""
@@ -201,12 +328,13 @@ class DIN(nn.Module):
         spread = score.new_zeros(valid.numel()).index_copy(0, at, score).view(valid.shape)  # [B, L]
         return self._normalised(spread, valid).flatten().index_select(0, at)
 
-    def _normalised(self, score: Tensor, valid: Tensor) -> Tensor:
+    def _normalised(self, score: Tensor, valid: Tensor | None) -> Tensor:
         """Scores to weights, `[B, L], [B, L] -> [B, L]`; zeros where there is no event."""
         if self.softmax:
-            lowest = torch.finfo(score.dtype).min
-            score = torch.softmax((score * self.width**-0.5).masked_fill(~valid, lowest), 1)
-        return score.masked_fill(~valid, 0.0)
+            score = score * self.width**-0.5
+            score = score if valid is None else score.masked_fill(~valid, torch.finfo(score.dtype).min)
+            score = torch.softmax(score, 1)
+        return score if valid is None else score.masked_fill(~valid, 0.0)
 
 
 class DiceMLP(nn.Module):
@@ -242,6 +370,12 @@ def _packs(history: Tensor) -> bool:
     A GPU would have to wait until the number of events is known, and a graph must not depend on it.
     """
     return history.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _by_hand(*tensors: Tensor) -> bool:
+    """Whether the gradients in closed form serve: on a CPU, outside of exports, all in one precision."""
+    one = len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.float32, torch.float64)
+    return one and _packs(tensors[0]) and not torch.is_autocast_enabled("cpu")
 
 
 def _valid(history: Tensor, length: Tensor) -> Tensor:

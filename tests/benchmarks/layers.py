@@ -45,28 +45,15 @@ class TextbookAutoInt(nn.Module):
         return e.flatten(1)
 
 
-class AttentionCore(nn.Module):
-    """What AutoInt does with its projections q, k and v, each `[rows, F, width]`: softmax(q kᵀ) v of every head."""
+class Products(nn.Module):
+    """The matrix products of one AutoInt layer's projections, and nothing else, as one product."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.layer = InteractingLayer(width, width, heads, Variant(residual="none"))
+        self.linear = nn.Linear(dim, 4 * width, bias=False)
 
-    def forward(self, *projected: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(2, (self.layer.heads, -1)).transpose(1, 2) for x in projected)
-        return self.layer.mix(q, k, v)
-
-
-class TextbookCore(nn.Module):
-    """The same, head by head."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, *projected: Tensor) -> Tensor:
-        q, k, v = (x.split(self.size, 2) for x in projected)
-        return torch.cat([torch.softmax(a @ b.transpose(1, 2), -1) @ c for a, b, c in zip(q, k, v, strict=True)], -1)
+    def forward(self, e: Tensor) -> Tensor:
+        return self.linear(e)
 
 
 class TextbookCross(nn.Module):
@@ -206,11 +193,16 @@ def dense_step(module: nn.Module, e: Tensor) -> Callable[[], object]:
     return step
 
 
-def core_step(module: nn.Module, projected: Tensor) -> Callable[[], object]:
-    """Forward and backward from `[3, …]`, each third with a gradient of its own."""
-    inputs = [x.clone().requires_grad_() for x in projected]
-    above = torch.randn(projected.shape[1:], device=projected.device)
-    return lambda: torch.autograd.grad(module(*inputs), inputs, above)
+def given_step(module: nn.Module, e: Tensor) -> Callable[[], object]:
+    """Forward and backward, gradients of the input too, from a gradient that is there."""
+    with torch.no_grad():
+        above = torch.randn_like(module(e))
+
+    def step() -> None:
+        module.zero_grad()
+        module(e.detach().requires_grad_()).backward(above)
+
+    return step
 
 
 def lookup_step(table: nn.Module, ids: Tensor) -> Callable[[], object]:
@@ -310,10 +302,16 @@ def main() -> None:
         ours = AutoInt(seen, layers=layers, heads=heads, width=width)
         name = f"autoint {fields} fields, {layers} layers, {heads} heads, width {width}"
         compare(name, dense_step, ours, TextbookAutoInt(dim, width, heads, layers), e)
-        # Divided so that scores are about one.
-        projected = torch.randn(3, rows, fields, width, device=device) / (width / heads) ** 0.25
-        name = f"attention alone, {fields} fields, {heads} heads, width {width}"
-        compare(name, core_step, AttentionCore(width, heads), TextbookCore(width // heads), projected)
+        # One layer as all but the first are, less the same products for both.
+        e_inside = 0.1 * torch.randn(rows, fields, width, device=device)
+        modules = (
+            InteractingLayer(width, width, heads, Variant()),
+            TextbookAutoInt(width, width, heads, 1),
+            Products(width, width),
+        )
+        one, other, products = (median(given_step(m.to(device), e_inside), args.repeats, device) for m in modules)
+        report(f"one layer, {fields} fields, {heads} heads, width {width}", one, other)
+        report(f"  beyond its products, {products:.1f} ms", one - products, other - products)
         cross = CrossNet(seen, layers=3)
         compare(f"cross {fields} fields x {dim}, 3 layers", dense_step, cross, TextbookCross(fields * dim, 3), e)
 

@@ -12,7 +12,7 @@ from recsys.contracts import EncodedSchema, Field, Fields
 from recsys.errors import RecipeError
 from recsys.nn.head import Head
 from recsys.nn.table import Table
-from recsys_autoint import AutoInt, AutoIntPlus, InteractingLayer, Variant, _Attention
+from recsys_autoint import AutoInt, AutoIntPlus, InteractingLayer, Variant
 
 PRESETS = ("paper", "official", "fuxictr", "deepctr")
 
@@ -298,12 +298,70 @@ def test_few_and_many_fields_take_different_ways_to_the_same_result(preset, monk
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_gradients_of_gradients_are_those_of_the_formula(scale):
+@pytest.mark.parametrize("count", [3, 17])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_of_gradients_are_those_of_the_formula(preset, count, monkeypatch):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(_Attention.apply, (q, k, v, scale))
-    assert torch.autograd.gradgradcheck(_Attention.apply, (q, k, v, scale))
+    layer = AutoInt(fields(count, 2), preset=preset, layers=1, width=4).double().layers[0]
+    monkeypatch.setattr("recsys_autoint.SCORES", 1)  # one row at a time
+    e = torch.randn(2, count, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, e)
+    assert torch.autograd.gradgradcheck(layer, e)
+    # The gradient of a penalty on the gradient reaches every parameter.
+    (above,) = torch.autograd.grad(layer(e).square().sum(), e, create_graph=True)
+    assert all(g.abs().max() > 1e-12 for g in torch.autograd.grad(above.square().sum(), [e, layer.weight]))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rows_are_the_same_however_many_are_worked_on_at_a_time(preset, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoInt(fields(5, 8), preset=preset, layers=2, width=8).double()
+    e = torch.randn(13, 5, 8, dtype=torch.float64, requires_grad=True)
+    above = torch.randn(13, model.width, dtype=torch.float64)
+    seen = []
+    for scores in (2**17, 2 * 25 * 5):  # all rows, five
+        monkeypatch.setattr("recsys_autoint.SCORES", scores)
+        out = model(e)
+        seen.append([out, *torch.autograd.grad(out, [e, *model.parameters()], above)])
+    for whole, parts in zip(*seen, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-12)
+
+
+def test_a_layer_used_twice_has_the_same_gradients_of_gradients_either_way(monkeypatch):
+    torch.manual_seed(0)
+    layer = InteractingLayer(4, 4, 2, Variant()).double()
+    e = torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)
+    seen = []
+    for small in (64, 0):
+        monkeypatch.setattr("recsys_autoint.SMALL", small)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            inner = torch.autograd.grad(layer(layer(e)).square().sum(), [e, layer.weight], create_graph=True)
+            seen.append([*inner, *torch.autograd.grad(sum(g.square().sum() for g in inner), [e, layer.weight])])
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_inputs_in_another_order_of_memory():
+    torch.manual_seed(0)
+    model = AutoInt(fields(5, 8), layers=2, width=8).double()
+    e = torch.randn(5, 8, 13, dtype=torch.float64).permute(2, 0, 1).requires_grad_()
+    found, want = (
+        torch.autograd.grad(model(x).square().sum(), x)[0] for x in (e, e.detach().contiguous().requires_grad_())
+    )
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e3])
+def test_attention_is_exact_for_scores_of_any_size(size):
+    torch.manual_seed(0)
+    layer = InteractingLayer(6, 6, 2, Variant(residual="none"))
+    e = size * torch.randn(9, 7, 6)
+    shares = layer.double().attention(e.double())
+    values = (e.double() @ projections(layer)[0]["v"].T).view(9, 7, 2, 3)
+    want = torch.einsum("bhmk,bkhd->bmhd", shares, values).flatten(2).relu()
+    torch.testing.assert_close(layer(e.double()), want, rtol=1e-10, atol=1e-10 * size)
+    if size < 100:  # beyond, single precision cannot tell the scores
+        torch.testing.assert_close(layer.float()(e), want.float(), rtol=1e-2, atol=1e-3 * size)
 
 
 def test_large_embeddings_stay_finite():

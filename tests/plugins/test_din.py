@@ -119,6 +119,66 @@ def test_outputs_and_gradients_are_those_of_the_loop(way, training, preset, acti
         assert (a - b).abs().max() <= 1e-9
 
 
+@pytest.mark.parametrize("block", [2**17, 30])
+@pytest.mark.parametrize("width", [5, 70])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"preset": "official"}, {"activation": "official_dice"}])
+def test_full_histories_are_those_of_the_loop(options, training, width, block, monkeypatch):
+    monkeypatch.setattr(recsys_din, "BLOCK", block)  # some rows at a time, or all
+    din = disturbed(DIN(width, hidden=(7, 4), **options), scale=0.3).train(training)
+    target, history, length = batch([3, 3, 3, 3], 3, width)
+    target.requires_grad_()
+    history.requires_grad_()
+    above = torch.randn(4, width, dtype=torch.float64)
+    leaves = [target, history, *din.parameters()]
+    slow, fast = slow_din(din, target, history, length), din(target, history, length)
+    assert (fast - slow).abs().max() <= 1e-9
+    wanted = torch.autograd.grad((slow * above).sum(), leaves, create_graph=True)
+    found = torch.autograd.grad((fast * above).sum(), leaves, create_graph=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-9
+    # Gradients of a penalty on the gradients too.
+    wanted, found = (
+        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves, allow_unused=True)
+        for grads in (wanted, found)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() <= 1e-7 * max(1.0, float(b.abs().max()))
+    # As they are when nothing asks for more.
+    plain = torch.autograd.grad((din(target, history, length) * above).sum(), leaves)
+    slow = torch.autograd.grad((slow_din(din, target, history, length) * above).sum(), leaves)
+    for a, b in zip(plain, slow, strict=True):
+        assert (a - b).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("learned_scale", [True, False])
+def test_gradients_of_gradients_of_dice(learned_scale):
+    dice = disturbed(Dice(3, learned_scale=learned_scale)).train()
+    s = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(dice, s)
+    assert torch.autograd.gradgradcheck(dice, s)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_no_rows_and_no_events_are_no_trouble(rows):
+    din = DIN(4)
+    target, history = torch.randn(rows, 4), torch.randn(rows, 0, 4)
+    assert not bool(din(target, history, torch.zeros(rows, dtype=torch.int64)).any())
+    assert din(target, torch.randn(rows, 3, 4), torch.full((rows,), 3)).shape == (rows, 4)
+
+
+def test_full_histories_under_autocast():
+    torch.manual_seed(0)
+    din = DIN(6, hidden=(8, 4))
+    target, history, length = torch.randn(9, 6, requires_grad=True), torch.randn(9, 5, 6), torch.full((9,), 5)
+    want = din(target, history, length)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = din(target, history, length)
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+    assert torch.autograd.grad(got.float().sum(), target)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"preset": "official"}, {"activation": "official_dice"}, {"hidden": (6,), "softmax": True}]
 )
