@@ -173,7 +173,7 @@ class Epochs(Callback):
         scores |= {f"valid/{name}": value for name, value in self._score().items()}
         self.history.append(scores)
         better = self._note(epoch, scores)
-        if not better:
+        if not better and self.without_gain % self.options.plateau_patience == 0:
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] *= self.options.plateau_factor
         if self.snapshot_epoch == epoch:

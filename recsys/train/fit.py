@@ -33,8 +33,8 @@ class Fit:
     """Train for some epochs and keep the weights of the best one.
 
     The best epoch is the one with the best `train.monitor` on the validation split; without a validation
-    split it is the last. An epoch that is not better multiplies the learning rate by
-    `train.plateau_factor`; `patience` such epochs in a row end the stage.
+    split it is the last. After every `train.plateau_patience` epochs in a row that are not better, the learning
+    rate is multiplied by `train.plateau_factor`; `patience` such epochs in a row end the stage.
 
     Args:
         name: name of the stage, for its folder and for `rewind`.

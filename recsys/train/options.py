@@ -43,7 +43,10 @@ class TrainOptions(BaseModel):
         2, ge=0, description="stop after so many epochs in a row without a better monitor; 0 never stops early"
     )
     plateau_factor: float = Field(
-        0.1, gt=0, le=1, description="multiply the learning rate by this after an epoch that is not better; 1 keeps it"
+        0.1, gt=0, le=1, description="multiply the learning rate by this when epochs are not better; 1 keeps it"
+    )
+    plateau_patience: int = Field(
+        1, ge=1, description="epochs in a row without a better monitor after which plateau_factor is applied"
     )
     min_delta: float = Field(1e-6, ge=0, description="least gain that counts as better")
     seed: int = Field(2024, ge=0, description="of initial weights, row order and dropout")

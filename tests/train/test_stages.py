@@ -220,13 +220,15 @@ def test_the_best_epoch_is_kept(plugin: Path, tmp_path: Path) -> None:
     assert run.scores["valid"]["auc"] == max(aucs)
 
 
-def test_plateau_and_patience_are_as_written(plugin: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("patience", "every"), [(2, 1), (5, 2)])
+def test_plateau_and_patience_are_as_written(plugin: Path, tmp_path: Path, patience: int, every: int) -> None:
     run, recipe, registry = start(
         plugin,
         tmp_path,
-        "stages=[{use: fit, epochs: 12, patience: 2}]",
+        f"stages=[{{use: fit, epochs: 20, patience: {patience}}}]",
         "train.learning_rate=0.05",
         "train.plateau_factor=0.5",
+        f"train.plateau_patience={every}",
     )
     run_stages(run, recipe, registry)
     epochs = json.loads((run.folder / "1-fit" / "history.json").read_text())["epochs"]
@@ -236,9 +238,10 @@ def test_plateau_and_patience_are_as_written(plugin: Path, tmp_path: Path) -> No
         if epoch["valid/auc"] > best + 1e-6:
             best, bad = epoch["valid/auc"], 0
         else:
-            rate, bad = rate * 0.5, bad + 1
-        assert (bad == 2) == (i == len(epochs) - 1) or len(epochs) == 12
-    assert len(epochs) < 12
+            bad += 1
+            rate *= 0.5 if bad % every == 0 else 1
+        assert (bad == patience) == (i == len(epochs) - 1)
+    assert len(epochs) < 20
 
 
 def test_bf16_trains_close_to_float32(plugin: Path, tmp_path: Path) -> None:
