@@ -45,6 +45,10 @@ class Line:
         parameters: of the model.
         published: metric → published value.
         source: of that.
+        bytes: that a serving process must hold, the mean over the runs.
+        embedding_bytes: those of the embedding.
+        series: name of the row that was varied, or its own.
+        value: of the varied option.
     """
 
     name: str
@@ -56,6 +60,10 @@ class Line:
     parameters: int | None
     published: Mapping[str, float]
     source: str
+    bytes: float | None
+    embedding_bytes: float | None
+    series: str
+    value: Any
 
 
 def summarise(bench: Bench, jobs: Sequence[Job]) -> list[Line]:
@@ -83,9 +91,19 @@ def summarise(bench: Bench, jobs: Sequence[Job]) -> list[Line]:
                 found[0][0]["parameters"] if found else None,
                 entry.published,
                 entry.source,
+                _mean([r.get("bytes") for r, _, _ in found]),
+                _mean([r.get("embedding_bytes") for r, _, _ in found]),
+                entry.series,
+                entry.value,
             )
         )
     return lines
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known, None if nothing is."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _fit(run: Path) -> dict[str, Any] | None:
@@ -114,7 +132,7 @@ def cells(bench: Bench, lines: Sequence[Line]) -> tuple[list[str], list[list[str
     header = ["recipe", "runs"]
     for metric in bench.metrics:
         header += [f"{bench.split} {metric}", "published"]
-    header += ["valid", "s per epoch", "best epoch", "parameters", "published by"]
+    header += ["valid", "s per epoch", "best epoch", "parameters", "embedding bytes", "published by"]
     rows = []
     for line in lines:
         row = [line.name, f"{line.runs}/{len(bench.seeds)}"]
@@ -126,6 +144,7 @@ def cells(bench: Bench, lines: Sequence[Line]) -> tuple[list[str], list[list[str
             "" if line.epoch_seconds is None else f"{line.epoch_seconds:.3g}",
             "" if line.epochs is None else f"{line.epochs:.1f}",
             "" if line.parameters is None else f"{line.parameters:,}",
+            "" if line.embedding_bytes is None else f"{line.embedding_bytes:,.0f}",
             line.source,
         ]
         rows.append(row)

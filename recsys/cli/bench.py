@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recsys.cli.extras import PluginFiles, Without, make_console, open_registry
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry, require
 from recsys.cli.train import DataRootOption
-from recsys.errors import RunError, did_you_mean, listing
+from recsys.errors import RecsysError, RunError, did_you_mean, listing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,8 @@ def command(
     `recsys bench tables/frappe --out runs/frappe --only fm --seeds 2 --data-root data`. Every run has a process, a
     folder and a log of its own. Called again, it repeats nothing that is finished and resumes what was stopped (Ctrl-C
     lets every run save first). Seeds come first: after a while, every recipe has one run, then two. The table is in
-    `table.md`, `table.csv` and `table.json`, and always tells the runs that are finished.
+    `table.md`, `table.csv` and `table.json`, and always tells the runs that are finished. A table with a `plot:` is
+    drawn too, into `plot.svg`, when the extra `report` is installed.
     """
     registry = open_registry(plugin, without)
     from recsys.bench.execute import Workers
@@ -76,6 +77,8 @@ def command(
     lines = summarise(bench, todo)
     write(bench, lines, out)
     _print(console, bench, [line for line in lines if line.runs])
+    if bench.plot is not None:
+        _draw(console, bench, lines, out)
     if as_json:
         print(json.dumps(to_json(bench, lines)))
     if failures:
@@ -88,6 +91,19 @@ def _wanted(entry: Entry, bench: Bench, only: Sequence[str] | None) -> bool:
         if name not in names:
             raise RunError(f"--only: no row '{name}'.{did_you_mean(name, names)} Rows: {listing(names)}")
     return not only or entry.name in only
+
+
+def _draw(console: Console, bench: Bench, lines: Sequence[Line], out: Path) -> None:
+    """Draw the finished rows of the table, or say what that needs."""
+    try:
+        require("report")
+    except RecsysError as error:
+        console.print(f"[yellow]no plot: {error}[/yellow]", highlight=False)
+        return
+    from recsys.report.plots import draw
+
+    if draw(bench, lines, out / "plot.svg"):
+        console.print(f"{out / 'plot.svg'}", highlight=False)
 
 
 def _print(console: Console, bench: Bench, lines: Sequence[Line]) -> None:

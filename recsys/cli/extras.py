@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from recsys.plugin.registry import Registry
 
-EXTRAS: dict[str, tuple[str, ...]] = {"train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors")}
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors"),
+    "report": ("matplotlib",),
+}
 """Extra → the top-level modules that it installs."""
 
 _UNBROKEN = 10_000

@@ -248,6 +248,8 @@ class Session:
             "seconds": round(seconds, 3),
             "rows_per_second": round(run.rows_trained / run.seconds_training, 1) if run.seconds_training else None,
             "parameters": sum(p.numel() for p in run.model.parameters()),
+            "bytes": run.model.bytes(),
+            "embedding_bytes": sum(t.nbytes for t in run.model.embedding.export_tables().values()),
         }
         write_json(self.folder / "metrics.json", result)
         speed = f"{result['rows_per_second']:,.0f} rows/s · " if result["rows_per_second"] else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from recsys.bench.execute import jobs
+from recsys.bench.report import summarise
+from recsys.bench.table import read_table
+from recsys.plugin.registry import load_registry
+from recsys.report.plots import draw, points
 
 Command = Callable[..., str]
 
@@ -30,7 +37,7 @@ data:
   split: {by: hash, valid: 0.2, test: 0.2}
   label: y
   categorical: [c, d]
-model: {interaction: {use: mlp, hidden: [4]}}
+model: {embedding: {use: table}, interaction: {use: mlp, hidden: [4]}}
 train: {epochs: 2, batch_size: 64}
 """
     )
@@ -78,6 +85,43 @@ def test_a_table_is_run_summed_up_and_not_run_again(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "mlp" / "seed-2023").exists()
 
 
+VARIED = """
+seeds: 2
+metrics: [auc]
+overrides: [train.threads=1, train.epochs=1]
+rows:
+  - {recipe: recipe.yaml, name: wide, vary: {option: model.embedding.dim, values: [8, 2, 4]}}
+  - {recipe: recipe.yaml, name: fm, overrides: [model.interaction=fm]}
+plot: {x: embedding_bytes, y: auc}
+"""
+
+
+def test_a_varied_option_gives_a_row_for_each_value_and_a_picture(tmp_path: Path) -> None:
+    done = bench(table(tmp_path, VARIED), "--out", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["name"] for row in rows] == ["wide@8", "wide@2", "wide@4", "fm"]
+    ids = (7 + 2) + (5 + 2)
+    assert [row["embedding_bytes"] for row in rows] == [4 * ids * dim for dim in (8, 2, 4, 16)]
+    picture = (tmp_path / "out" / "plot.svg").read_text()
+    assert picture.startswith("<?xml")
+    checked = read_table(tmp_path / "compare.yaml", load_registry())
+    lines = summarise(checked, jobs(checked, tmp_path / "out"))
+    drawn = points(checked, lines)
+    assert set(drawn) == {"wide", "fm"}
+    assert [p.x for p in drawn["wide"]] == [4 * ids * dim for dim in (2, 4, 8)]
+    by_name = {row["name"]: row for row in rows}
+    assert [p.y for p in drawn["wide"]] == [by_name[f"wide@{d}"]["metrics"]["auc"]["mean"] for d in (2, 4, 8)]
+    again = tmp_path / "again.svg"
+    assert draw(checked, lines, again)
+    assert strip(again.read_text()) == strip(picture)
+
+
+def strip(svg: str) -> str:
+    """A picture without the names that matplotlib makes up."""
+    return re.sub(r'(id="|#|url\(#)[a-z]?[0-9a-f]{8,}', "", svg)
+
+
 def test_a_failed_run_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
     path = table(tmp_path, TABLE.replace("=fm]", "=fm, train.learning_rate=1e38]").replace("seeds: 2", "seeds: 1"))
     done = bench(path, "--out", "out", cwd=tmp_path)
@@ -123,6 +167,10 @@ def test_what_was_stopped_goes_on(tmp_path: Path) -> None:
         ("rows: [{recipe: recipe.yaml}]\nmetrics: [aux]", "Did you mean 'auc'"),
         ("rows: [{recipe: recipe.yaml, overrides: [train.epoch=3]}]", "Did you mean 'epochs'"),
         ("seeds: 2", "rows"),
+        ("rows: [{recipe: recipe.yaml, vary: {option: model.embedding.dims, values: [2]}}]", "Did you mean 'dim'"),
+        ("rows: [{recipe: recipe.yaml, vary: {values: [2]}}]", "option"),
+        ("rows: [{recipe: recipe.yaml}]\nplot: {y: gauc}", "none of the table's metrics"),
+        ("rows: [{recipe: recipe.yaml}]\nplot: {z: auc}", "'plot' has no option 'z'"),
     ],
 )
 def test_a_table_that_cannot_be_run_says_why(recsys: Command, tmp_path: Path, text: str, message: str) -> None:
