@@ -161,7 +161,8 @@ def test_own_logs_from_simulation_to_scores(folder: Path) -> None:
 
     out = run(["train", "mine.yaml", "train.epochs=1", "--out", "runs/mine", "--json"])
     result = json.loads(out.splitlines()[-1])
-    assert set(result) == {"run", "metrics", "seconds", "rows_per_second", "parameters"}
+    known = {"run", "metrics", "seconds", "rows_per_second", "parameters", "bytes", "embedding_bytes"}
+    assert set(result) == known
     assert set(result["metrics"]["test"]) == {"auc", "logloss", "gauc", "ece"}
     described = re.findall(r"^\| `([^`]+)` \|", section("Train on your own logs"), re.MULTILINE)
     assert len(described) > 5

@@ -100,7 +100,7 @@ def _draw(console: Console, bench: Bench, lines: Sequence[Line], out: Path) -> N
     except RecsysError as error:
         console.print(f"[yellow]no plot: {error}[/yellow]", highlight=False)
         return
-    from recsys.report.plots import draw
+    from recsys.bench.plots import draw
 
     if draw(bench, lines, out / "plot.svg"):
         console.print(f"{out / 'plot.svg'}", highlight=False)

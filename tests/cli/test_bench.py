@@ -19,7 +19,7 @@ from recsys.bench.execute import jobs
 from recsys.bench.report import summarise
 from recsys.bench.table import read_table
 from recsys.plugin.registry import load_registry
-from recsys.report.plots import draw, points
+from recsys.bench.plots import draw, points
 
 Command = Callable[..., str]
 
