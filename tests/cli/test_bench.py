@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from recsys.bench.execute import jobs
+from recsys.bench.plots import draw, points
 from recsys.bench.report import summarise
 from recsys.bench.table import read_table
 from recsys.plugin.registry import load_registry
-from recsys.bench.plots import draw, points
 
 Command = Callable[..., str]
 
