@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from recsys.data.batches import TrainBatches
     from recsys.data.sources import DataRoot
     from recsys.nn.dropout import Dropout
+    from recsys.nn.entmax import entmax
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
     from recsys.nn.table import Table
@@ -60,6 +61,7 @@ __all__ = [
     "Table",
     "TrainBatches",
     "build_optimizer",
+    "entmax",
     "hookimpl",
     "label_bce",
     "linear",
@@ -76,6 +78,7 @@ _LAZY = {
     "Table": "recsys.nn.table",
     "TrainBatches": "recsys.data.batches",
     "build_optimizer": "recsys.nn.optim",
+    "entmax": "recsys.nn.entmax",
     "label_bce": "recsys.train.losses",
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",

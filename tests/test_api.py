@@ -31,6 +31,7 @@ NAMES = [
     "TrainBatches",
     "UNKNOWN_ID",
     "build_optimizer",
+    "entmax",
     "hookimpl",
     "label_bce",
     "linear",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from recsys.contracts import EncodedSchema, Field, Fields, Selection
+from recsys.nn.entmax import entmax
 from recsys.nn.interaction import CrossNet
 from recsys.nn.table import Table
 from recsys.train.memory import keep_freed_memory
-from recsys_armnet import ExponentialNeurons, entmax
+from recsys_armnet import ExponentialNeurons
 from recsys_autoint import AutoInt, InteractingLayer, Variant
 from recsys_din import DIN
 
