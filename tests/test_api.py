@@ -31,11 +31,14 @@ NAMES = [
     "TrainBatches",
     "UNKNOWN_ID",
     "build_optimizer",
+    "compact",
     "hookimpl",
+    "keep_within",
     "label_bce",
     "linear",
     "measure",
     "predict",
+    "pruned_bytes",
 ]
 
 
