@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from recsys.api import NULL_ID, Batch, Component, EncodedSchema, RecipeError, Run, Table, hookimpl
-
-BLOCK = 1 << 15
-"""Rows of the log counted at once."""
+from recsys.api import NULL_ID, Component, EncodedSchema, RecipeError, Table, hookimpl
 
 
 class MBATable(Table):
@@ -74,15 +73,12 @@ class MBATable(Table):
         norms = self.weight.index_select(0, rows).square().sum(1)  # [n]
         return 0.5 * self.l2 * (each * norms).sum()
 
-    def add_counts(self, batch: Batch) -> None:
-        """Count the rows of the table that each row of a batch uses, once per row however often it uses them."""
-        parts = [self._rows(batch.ids)]
-        parts += [self._event_rows(group, ids).flatten(1) for group, (ids, _) in batch.history.items()]
-        rows = torch.cat(parts, 1)  # [B, F + L · K ...]
-        total = self.count.shape[0]
-        pairs = torch.unique(torch.arange(len(batch)).unsqueeze(1) * (total + 1) + rows + 1)
-        found = pairs % (total + 1)
-        self.count += torch.bincount(found[found > 0] - 1, minlength=total).to(self.count.device)
+    def take_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """Keep n_j; columns that share rows share their counts, so the one with all the rows tells them."""
+        self.count.zero_()
+        for column in self.layout.columns:
+            first = self.layout.offsets[column.vocabulary]
+            self.count[first : first + column.rows] = counts[column.name].to(self.count.device)
 
     @property
     def _counted(self) -> bool:
@@ -114,29 +110,8 @@ class MBATable(Table):
         return ((self._slot[rows] == place) & used).to(self.weight.dtype)
 
 
-class CountRows:
-    """Count how many training rows use each row of the table, for mba_table."""
-
-    name = "count_rows"
-
-    def run(self, run: Run) -> None:
-        """Fill the counts of `run.model`'s embedding.
-
-        Raises:
-            RecipeError: the embedding is no mba_table.
-        """
-        table = run.model.embedding
-        if not isinstance(table, MBATable):
-            raise RecipeError("stage count_rows: the embedding is no mba_table")
-        shards = run.split("train")
-        table.cpu().count.zero_()
-        for low in range(0, len(shards), BLOCK):
-            table.add_counts(shards.read(low, min(low + BLOCK, len(shards))))
-        run.keep_weights()
-
-
 @hookimpl
 def recsys_components() -> list[Component]:
-    """Return the embedding and its stage."""
+    """Return the embedding."""
     stages = tuple({"use": name} for name in ("count_rows", "fit", "evaluate", "export"))
-    return [Component("embedding", "mba_table", MBATable, stages), Component("stage", "count_rows", CountRows)]
+    return [Component("embedding", "mba_table", MBATable, stages)]

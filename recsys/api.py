@@ -29,10 +29,12 @@ from recsys.plugin.hooks import Component, hookimpl
 if TYPE_CHECKING:
     from recsys.data.batches import TrainBatches
     from recsys.data.sources import DataRoot
+    from recsys.nn.budget import keep_within, pruned_bytes
     from recsys.nn.dropout import Dropout
     from recsys.nn.entmax import entmax
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
+    from recsys.nn.sparse import compact
     from recsys.nn.table import Table
     from recsys.train.losses import label_bce
     from recsys.train.run import Run
@@ -61,12 +63,15 @@ __all__ = [
     "Table",
     "TrainBatches",
     "build_optimizer",
+    "compact",
     "entmax",
     "hookimpl",
+    "keep_within",
     "label_bce",
     "linear",
     "measure",
     "predict",
+    "pruned_bytes",
 ]
 
 _LAZY = {
@@ -78,11 +83,14 @@ _LAZY = {
     "Table": "recsys.nn.table",
     "TrainBatches": "recsys.data.batches",
     "build_optimizer": "recsys.nn.optim",
+    "compact": "recsys.nn.sparse",
     "entmax": "recsys.nn.entmax",
+    "keep_within": "recsys.nn.budget",
     "label_bce": "recsys.train.losses",
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
     "predict": "recsys.train.score",
+    "pruned_bytes": "recsys.nn.budget",
 }
 """Names whose modules import torch or polars: imported when they are first asked for."""
 

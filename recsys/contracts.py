@@ -260,6 +260,21 @@ class Searched(Protocol):
         ...
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A part that wants to know how often the training rows use each id. The stage `count_rows` tells it."""
+
+    def take_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """Keep what the part needs of them, in buffers, so that it is saved.
+
+        Args:
+            counts: column (`group.column` in a history) → int64 `[rows]`, on the CPU: how many training rows use each
+                id, once per row however often the row does. Columns that share a vocabulary share its counts: a row
+                uses an id if any of them has it. Padding and missing events use none.
+        """
+        ...
+
+
 class Selector(Protocol):
     """Gates on what the embedding gives. `kind: selector`; the factory takes `fields: Fields` positionally."""
 

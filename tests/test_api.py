@@ -31,12 +31,15 @@ NAMES = [
     "TrainBatches",
     "UNKNOWN_ID",
     "build_optimizer",
+    "compact",
     "entmax",
     "hookimpl",
+    "keep_within",
     "label_bce",
     "linear",
     "measure",
     "predict",
+    "pruned_bytes",
 ]
 
 

@@ -194,6 +194,16 @@ def keep_masks(layout: Layout, dim: int, selection: Selection) -> list[tuple[Ten
     return masks
 
 
+def drops_nothing(layout: Layout, dim: int, selection: Selection) -> bool:
+    """Whether every number of every column is kept.
+
+    Raises:
+        DataError: as `keep_masks`.
+    """
+    masks = (*(m for pair in keep_masks(layout, dim, selection) for m in pair), *selection.elements.values())
+    return all(bool(m.all()) for m in masks)
+
+
 def element_masks(layout: Layout, dim: int, selection: Selection) -> list[Tensor]:
     """The kept numbers `[rows, D]` of every column of a layout.
 
@@ -267,7 +277,17 @@ def slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> t
 
     A column needs no map (-1) when it keeps its first ids, and nothing before them is missing from the block.
     """
-    maps: list[Tensor] = [torch.zeros(1, dtype=torch.int64)]
+    needed, limits, where = _needed_maps(columns, kept, sizes)
+    maps = [torch.where(rows, union.cumsum(0)[: len(rows)], 0) for rows, union in needed]
+    slots = torch.cat([torch.zeros(1, dtype=torch.int64), *maps])
+    return slots.to(_narrowest(int(slots.max()))), limits, where
+
+
+def _needed_maps(
+    columns: Sequence[Column], kept: Masks, sizes: Sequence[int]
+) -> tuple[list[tuple[Tensor, Tensor]], list[int], list[int]]:
+    """The (kept rows, rows of the block) of each map that is needed; limits and starts as of `slot_maps`."""
+    needed: list[tuple[Tensor, Tensor]] = []
     limits, where, length = [], [], 1
     done: dict[tuple[int, bytes], int] = {}
     for c, (rows, dims) in zip(columns, kept, strict=True):
@@ -280,10 +300,28 @@ def slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> t
         key = (c.vocabulary, rows.numpy().tobytes())
         if key not in done:
             done[key] = length
-            maps.append(torch.where(rows, union.cumsum(0)[: c.rows], 0))
+            needed.append((rows, union))
             length += c.rows
         where.append(done[key])
-    slots = torch.cat(maps)
-    top = int(slots.max())
-    narrow = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if top <= torch.iinfo(t).max)
-    return slots.to(narrow), limits, where
+    return needed, limits, where
+
+
+def _narrowest(top: int) -> torch.dtype:
+    return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if top <= torch.iinfo(t).max)
+
+
+def slot_bytes(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> int:
+    """Bytes of the id maps that `slot_maps` makes."""
+    needed, _, _ = _needed_maps(columns, kept, sizes)
+    top = max((int(union[: int(rows.nonzero().max()) + 1].sum()) for rows, union in needed if rows.any()), default=0)
+    return (1 + sum(len(rows) for rows, _ in needed)) * _narrowest(top).itemsize
+
+
+def compact_bytes(layout: Layout, dim: int, kept: Masks) -> int:
+    """Bytes of what a `CompactTable` of float32 exports."""
+    numbers = dim
+    for v, size in enumerate(layout.rows):
+        rows, dims = _union(layout.columns, kept, v, size)
+        numbers += int(rows.sum()) * int(dims.sum())
+    places = (8 + 8 + 2 * dim) * len(layout.columns)  # first, width and position of every column
+    return 4 * numbers + places + slot_bytes(layout.columns, kept, layout.rows)

@@ -203,6 +203,10 @@ class Model(nn.Module):
         """The parts with something that a bilevel search learns."""
         return [part for part in self._parts() if isinstance(part, contracts.Searched)]
 
+    def counting(self) -> list[contracts.Counting]:
+        """The parts that want to know how often each id is used."""
+        return [part for part in self._parts() if isinstance(part, contracts.Counting)]
+
     def kept(self) -> Selection:
         """What the selector keeps, and the embedding, where it decides."""
         chosen = self.selector.kept()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.contracts import EncodedSchema, Fields, Selection
-from recsys.nn.compact import CompactTable, RowSource, Slots, element_masks, slot_maps
+from recsys.nn.compact import CompactTable, RowSource, Slots, element_masks, slot_bytes, slot_maps
 from recsys.nn.layout import Column, Layout, scale
 
 
@@ -35,8 +35,8 @@ class ElementTable(nn.Module):
         self.start: Tensor
         self.slots: Tensor
         bits, start, base, own = _rows(columns, self.kept, unions, self.layout.rows)
-        whole = torch.ones(self.fields.dim, dtype=torch.bool)
-        found, limits, where = slot_maps(columns, [(m.any(1), whole & m.any()) for m in self.kept], self.layout.rows)
+        around = [(m.any(1), m.any().expand(self.fields.dim)) for m in self.kept]
+        found, limits, where = slot_maps(columns, around, self.layout.rows)
         for name, tensor in {"bits": bits, "start": start, "slots": found}.items():
             self.register_buffer(name, tensor, persistent=False)
         parts = list(zip(columns, base, own, where, limits, strict=True))
@@ -135,10 +135,20 @@ def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> C
     """
     if not selection.elements:
         return CompactTable(schema, source, selection)
-    dim = source.fields.dim
-    columns, sizes = source.layout.columns, source.layout.rows
-    masks = element_masks(source.layout, dim, selection)
+    masks = element_masks(source.layout, source.fields.dim, selection)
+    around = rows_times_dims(source.layout, masks)
+    if around is None:
+        return ElementTable(schema, source, selection)
+    names = [c.name for c in source.layout.columns]
+    rows, dims = ({name: pair[i] for name, pair in zip(names, around, strict=True)} for i in (0, 1))
+    return CompactTable(schema, Masked(source, masks), Selection(selection.fields, rows, dims))
+
+
+def rows_times_dims(layout: Layout, masks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
+    """The (rows, dims) of every column that contain its kept numbers `[rows, D]`; None if bits take fewer bytes."""
+    columns, sizes = layout.columns, layout.rows
     unions = [_union(columns, masks, v, size) for v, size in enumerate(sizes)]
+    dim = masks[0].shape[1]
     hull = sum(4 * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
     single = sum(4 * int(u.sum()) + int(u.any(1).sum()) * (-(-dim // 8) + 4) for u in unions)
     # Zeros of the block itself are what a column sees within its rows × dimensions; other gaps need bits.
@@ -146,15 +156,20 @@ def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> C
         torch.equal(unions[c.vocabulary][: c.rows] & m.any(1, keepdim=True) & m.any(0), m)
         for c, m in zip(columns, masks, strict=True)
     )
-    if single < hull or not told:
-        return ElementTable(schema, source, selection)
-    names = [c.name for c in source.layout.columns]
-    around = Selection(
-        selection.fields,
-        {name: m.any(1) for name, m in zip(names, masks, strict=True)},
-        {name: m.any(0) for name, m in zip(names, masks, strict=True)},
-    )
-    return CompactTable(schema, Masked(source, masks), around)
+    return None if single < hull or not told else [(m.any(1), m.any(0)) for m in masks]
+
+
+def element_bytes(layout: Layout, masks: Sequence[Tensor]) -> int:
+    """Bytes of what an `ElementTable` of float32 exports."""
+    columns, dim = layout.columns, masks[0].shape[1]
+    unions = [_union(columns, masks, v, size) for v, size in enumerate(layout.rows)]
+    rows = [int(u.any(1).sum()) for u in unions]
+    numbers = 1 + sum(int(u.sum()) for u in unions)
+    own = sum(rows[c.vocabulary] for c, m in zip(columns, masks, strict=True) if _has_own_bits(m, unions[c.vocabulary]))
+    kept = [(m.any(1), m.any().expand(dim)) for m in masks]
+    bits = (1 + sum(rows) + own) * -(-dim // 8)
+    places = (1 + sum(rows)) * _place_type(numbers).itemsize + (8 + 8) * len(columns)
+    return 4 * numbers + bits + places + slot_bytes(columns, kept, layout.rows)
 
 
 class Masked:
@@ -204,20 +219,28 @@ def _rows(
     first = torch.tensor([len(s) for s in stored]).cumsum(0).tolist()
     counts = torch.cat(stored).sum(1)
     start = 1 + counts.cumsum(0) - counts
-    kind = torch.int32 if int(start[-1]) < 2**31 else torch.int64
     base = [first[c.vocabulary] for c in columns]
     own, extra, length = [], [], first[-1]
     for c, mask in zip(columns, masks, strict=True):
-        whole = torch.zeros(sizes[c.vocabulary], dim, dtype=torch.bool)
-        whole[: c.rows] = mask
         union = unions[c.vocabulary]
-        if torch.equal(whole[: c.rows], union[: c.rows]):
+        if not _has_own_bits(mask, union):
             own.append(first[c.vocabulary])
             continue
         own.append(length)
+        whole = torch.zeros(sizes[c.vocabulary], dim, dtype=torch.bool)
+        whole[: c.rows] = mask
         extra.append(whole[union.any(1)])
         length += len(extra[-1])
-    return _pack_bits(torch.cat([*stored, *extra])), start.to(kind), base, own
+    return _pack_bits(torch.cat([*stored, *extra])), start.to(_place_type(1 + int(counts.sum()))), base, own
+
+
+def _has_own_bits(mask: Tensor, union: Tensor) -> bool:
+    """Whether a column keeps less of its rows than its block stores."""
+    return not torch.equal(mask, union[: len(mask)])
+
+
+def _place_type(numbers: int) -> torch.dtype:
+    return torch.int32 if numbers < 2**31 else torch.int64
 
 
 def _pack_bits(bits: Tensor) -> Tensor:

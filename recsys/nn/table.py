@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.contracts import EncodedSchema, Fields, Selection
-from recsys.nn.compact import CompactTable, keep_masks
+from recsys.nn.compact import CompactTable, drops_nothing
 from recsys.nn.layout import Column, Guard, Layout, scale
 from recsys.nn.sparse import ElementTable, compact
 
@@ -72,10 +72,7 @@ class Table(nn.Module):
 
         A selection that drops nothing gives a copy of this table.
         """
-        masks = keep_masks(self.layout, self.fields.dim, selection)
-        if all(bool(m.all()) for pair in masks for m in pair) and all(
-            bool(m.all()) for m in selection.elements.values()
-        ):
+        if drops_nothing(self.layout, self.fields.dim, selection):
             return copy.deepcopy(self)
         return compact(self.schema, self, selection)
 

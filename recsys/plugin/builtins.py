@@ -11,7 +11,7 @@ from recsys.nn.table import Table
 from recsys.plugin.hooks import Component, hookimpl
 from recsys.train.losses import BCE
 from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
-from recsys.train.stages import Evaluate, Export, Fit, Prune, Reset, Rewind
+from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Reset, Rewind
 
 
 @hookimpl
@@ -33,6 +33,7 @@ def recsys_components() -> list[Component]:
         Component("metric", "ece", ECE),
         Component("metric", "normalized_entropy", NormalizedEntropy),
         Component("metric", "pr_auc", PRAUC),
+        Component("stage", "count_rows", CountRows),
         Component("stage", "fit", Fit),
         Component("stage", "rewind", Rewind),
         Component("stage", "reset", Reset),

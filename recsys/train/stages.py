@@ -1,4 +1,4 @@
-"""The stages that every recipe can use besides `fit`: rewind, reset, prune, evaluate, export."""
+"""The stages that every recipe can use besides `fit`: rewind, reset, prune, evaluate, export; `count_rows` is apart."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.selection import is_everything
 from recsys.train.checkpoint import replacing, save_tensors, sha256, write_json
+from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
 from recsys.train.run import Run, Spec, no_snapshot
 from recsys.train.score import measure, predict
 
-__all__ = ["Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind", "check_order"]
+__all__ = ["CountRows", "Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind", "check_order"]
 
 SELECTOR_PREFIX = "selector."
 
@@ -178,7 +179,7 @@ def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
                 raise RecipeError(f"{label}: {stage.name} after prune would undo the pruning; put it before")
             if isinstance(stage, Rewind) and stage.to not in kept and not other:
                 raise RecipeError(f"{label}: {no_snapshot(stage.to, kept)}")
-        elif not isinstance(stage, Evaluate | Export):
+        elif not isinstance(stage, CountRows | Evaluate | Export):
             other = True  # a plugin's stage may keep snapshots of any name
 
 

@@ -11,6 +11,7 @@ from recsys.cli import app
 from recsys.contracts import Batch, EncodedSchema, Field, History
 from recsys.errors import RecipeError
 from recsys.testing import contract
+from recsys.train.counts import RowCounts
 from recsys_mba import MBATable
 
 ITEM = Field("item", 12)
@@ -51,8 +52,10 @@ def look_up(table, b):
 
 def counted(batches, **options):
     table = MBATable(SCHEMA, dim=3, init_std=1.0, **options).double()
+    counts = RowCounts(SCHEMA)
     for b in batches:
-        table.add_counts(b)
+        counts.add(b)
+    table.take_counts(counts.by_column())
     return table
 
 
