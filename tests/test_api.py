@@ -9,7 +9,9 @@ import sys
 import recsys.api
 
 NAMES = [
+    "Addressed",
     "Batch",
+    "Column",
     "Component",
     "DataError",
     "DataRoot",
@@ -18,10 +20,14 @@ NAMES = [
     "FIRST_ID",
     "Field",
     "Fields",
+    "Guard",
     "History",
+    "Keep",
+    "Layout",
     "MLPBlock",
     "NULL_ID",
     "Named",
+    "Rank",
     "RecipeError",
     "RecsysError",
     "Run",
@@ -31,11 +37,18 @@ NAMES = [
     "TrainBatches",
     "UNKNOWN_ID",
     "build_optimizer",
+    "column_groups",
+    "hash_text",
     "hookimpl",
+    "kept_columns",
     "label_bce",
     "linear",
     "measure",
+    "mix",
+    "places",
     "predict",
+    "scale",
+    "widen",
 ]
 
 
