@@ -28,10 +28,14 @@ from recsys.plugin.hooks import Component, hookimpl
 
 if TYPE_CHECKING:
     from recsys.data.batches import TrainBatches
+    from recsys.data.hashing import hash_text, mix
     from recsys.data.sources import DataRoot
+    from recsys.nn.addressed import Addressed, column_groups
     from recsys.nn.budget import keep_within, pruned_bytes
     from recsys.nn.dropout import Dropout
     from recsys.nn.entmax import entmax
+    from recsys.nn.kept import Keep, Rank, kept_columns, places, widen
+    from recsys.nn.layout import Column, Guard, Layout, scale
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
     from recsys.nn.sparse import compact
@@ -44,7 +48,9 @@ __all__ = [
     "FIRST_ID",
     "NULL_ID",
     "UNKNOWN_ID",
+    "Addressed",
     "Batch",
+    "Column",
     "Component",
     "DataError",
     "DataRoot",
@@ -52,9 +58,13 @@ __all__ = [
     "EncodedSchema",
     "Field",
     "Fields",
+    "Guard",
     "History",
+    "Keep",
+    "Layout",
     "MLPBlock",
     "Named",
+    "Rank",
     "RecipeError",
     "RecsysError",
     "Run",
@@ -63,34 +73,54 @@ __all__ = [
     "Table",
     "TrainBatches",
     "build_optimizer",
+    "column_groups",
     "compact",
     "entmax",
+    "hash_text",
     "hookimpl",
     "keep_within",
+    "kept_columns",
     "label_bce",
     "linear",
     "measure",
+    "mix",
+    "places",
     "predict",
     "pruned_bytes",
+    "scale",
+    "widen",
 ]
 
 _LAZY = {
+    "Addressed": "recsys.nn.addressed",
+    "Column": "recsys.nn.layout",
     "DataRoot": "recsys.data.sources",
     "Dropout": "recsys.nn.dropout",
+    "Guard": "recsys.nn.layout",
+    "Keep": "recsys.nn.kept",
+    "Layout": "recsys.nn.layout",
     "MLPBlock": "recsys.nn.mlp",
+    "Rank": "recsys.nn.kept",
     "Run": "recsys.train.run",
     "Share": "recsys.nn.mlp",
     "Table": "recsys.nn.table",
     "TrainBatches": "recsys.data.batches",
     "build_optimizer": "recsys.nn.optim",
+    "column_groups": "recsys.nn.addressed",
     "compact": "recsys.nn.sparse",
     "entmax": "recsys.nn.entmax",
+    "hash_text": "recsys.data.hashing",
     "keep_within": "recsys.nn.budget",
+    "kept_columns": "recsys.nn.kept",
     "label_bce": "recsys.train.losses",
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
+    "mix": "recsys.data.hashing",
+    "places": "recsys.nn.kept",
     "predict": "recsys.train.score",
     "pruned_bytes": "recsys.nn.budget",
+    "scale": "recsys.nn.layout",
+    "widen": "recsys.nn.kept",
 }
 """Names whose modules import torch or polars: imported when they are first asked for."""
 

@@ -9,7 +9,9 @@ import sys
 import recsys.api
 
 NAMES = [
+    "Addressed",
     "Batch",
+    "Column",
     "Component",
     "DataError",
     "DataRoot",
@@ -18,10 +20,14 @@ NAMES = [
     "FIRST_ID",
     "Field",
     "Fields",
+    "Guard",
     "History",
+    "Keep",
+    "Layout",
     "MLPBlock",
     "NULL_ID",
     "Named",
+    "Rank",
     "RecipeError",
     "RecsysError",
     "Run",
@@ -31,15 +37,22 @@ NAMES = [
     "TrainBatches",
     "UNKNOWN_ID",
     "build_optimizer",
+    "column_groups",
     "compact",
     "entmax",
+    "hash_text",
     "hookimpl",
     "keep_within",
+    "kept_columns",
     "label_bce",
     "linear",
     "measure",
+    "mix",
+    "places",
     "predict",
     "pruned_bytes",
+    "scale",
+    "widen",
 ]
 
 

@@ -42,11 +42,13 @@ class Layout:
         rows: rows of each vocabulary block.
         fields: the scalar fields.
         histories: group → its columns.
+        owners: name of the column whose vocabulary each block holds.
     """
 
     rows: tuple[int, ...]
     fields: tuple[Column, ...]
     histories: Mapping[str, tuple[Column, ...]]
+    owners: tuple[str, ...]
 
     @classmethod
     def of(cls, schema: EncodedSchema) -> Layout:
@@ -72,7 +74,7 @@ class Layout:
 
         fields = tuple(column(f.name, f) for f in schema.fields)
         histories = {h.name: tuple(column(f"{h.name}.{f.name}", f) for f in h.columns) for h in schema.histories}
-        return cls(tuple(rows), fields, histories)
+        return cls(tuple(rows), fields, histories, tuple(block))
 
     @property
     def offsets(self) -> tuple[int, ...]:
