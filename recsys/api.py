@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from recsys.nn.optim import build_optimizer
     from recsys.nn.sparse import compact
     from recsys.nn.table import Table
+    from recsys.train.guard import Buffers
     from recsys.train.losses import label_bce
+    from recsys.train.progress import bar
     from recsys.train.run import Run
     from recsys.train.score import measure, predict
 
@@ -50,6 +52,7 @@ __all__ = [
     "UNKNOWN_ID",
     "Addressed",
     "Batch",
+    "Buffers",
     "Column",
     "Component",
     "DataError",
@@ -72,6 +75,7 @@ __all__ = [
     "Share",
     "Table",
     "TrainBatches",
+    "bar",
     "build_optimizer",
     "column_groups",
     "compact",
@@ -92,6 +96,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Buffers": "recsys.train.guard",
+    "bar": "recsys.train.progress",
     "Addressed": "recsys.nn.addressed",
     "Column": "recsys.nn.layout",
     "DataRoot": "recsys.data.sources",

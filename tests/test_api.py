@@ -11,6 +11,7 @@ import recsys.api
 NAMES = [
     "Addressed",
     "Batch",
+    "Buffers",
     "Column",
     "Component",
     "DataError",
@@ -36,6 +37,7 @@ NAMES = [
     "Table",
     "TrainBatches",
     "UNKNOWN_ID",
+    "bar",
     "build_optimizer",
     "column_groups",
     "compact",
