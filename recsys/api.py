@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from recsys.train.losses import label_bce
     from recsys.train.progress import bar
     from recsys.train.run import Run
-    from recsys.train.score import measure, predict
+    from recsys.train.score import Predictions, measure, predict
 
 __all__ = [
     "FIRST_ID",
@@ -67,6 +67,7 @@ __all__ = [
     "Layout",
     "MLPBlock",
     "Named",
+    "Predictions",
     "Rank",
     "RecipeError",
     "RecsysError",
@@ -96,6 +97,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Predictions": "recsys.train.score",
     "Buffers": "recsys.train.guard",
     "bar": "recsys.train.progress",
     "Addressed": "recsys.nn.addressed",

@@ -231,6 +231,28 @@ class Deciding(Protocol):
 
 
 @runtime_checkable
+class Lasting(Protocol):
+    """An embedding whose decision outlives its weights: `rewind` and `reset` leave it as it is."""
+
+    def decision(self) -> Mapping[str, Tensor]:
+        """The entries of its state that say what it leaves out, with the decision as it stands now; a pure read."""
+        ...
+
+
+@runtime_checkable
+class Targeted(Protocol):
+    """A part that a fit stage trains until it has reached something, such as a size in bytes.
+
+    Until then no epoch is the best one and the stage does not lose patience; it ends with the first epoch after which
+    every target is reached, or with its last one, and keeps the weights of that epoch.
+    """
+
+    def reached(self) -> bool | None:
+        """Asked after every epoch, of every process alike. None: there is no target, or no longer one."""
+        ...
+
+
+@runtime_checkable
 class Stepped(Protocol):
     """A part that changes itself after every optimizer step, beside what the optimizer does."""
 

@@ -28,6 +28,7 @@ NAMES = [
     "MLPBlock",
     "NULL_ID",
     "Named",
+    "Predictions",
     "Rank",
     "RecipeError",
     "RecsysError",

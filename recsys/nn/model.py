@@ -207,6 +207,10 @@ class Model(nn.Module):
         """The parts that want to know how often each id is used."""
         return [part for part in self._parts() if isinstance(part, contracts.Counting)]
 
+    def targeted(self) -> list[contracts.Targeted]:
+        """The parts that may have a target for a fit stage to reach."""
+        return [part for part in self._parts() if isinstance(part, contracts.Targeted)]
+
     def kept(self) -> Selection:
         """What the selector keeps, and the embedding, where it decides."""
         chosen = self.selector.kept()

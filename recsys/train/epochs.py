@@ -172,14 +172,16 @@ class Epochs(Callback):
             scores["train/skipped_steps"] = float(skipped)
         scores |= {f"valid/{name}": value for name, value in self._score().items()}
         self.history.append(scores)
-        better = self._note(epoch, scores)
+        reached = self._reached()
+        better = self._note(epoch, scores, aims=reached is not None)
         if not better and self.without_gain % self.options.plateau_patience == 0:
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] *= self.options.plateau_factor
         if self.snapshot_epoch == epoch:
             self.run.keep_snapshot(self.name)
         due = epoch >= (self.snapshot_epoch or 0)
-        self.finished = due and bool(self.options.patience) and self.without_gain >= self.options.patience
+        impatient = bool(self.options.patience) and self.without_gain >= self.options.patience
+        self.finished = due and (impatient or reached is True)
         self._tell(epoch, scores, better)
         self._save(trainer.optimizers[0], epoch, 0)
         self.terminated = not self.finished and epoch < self.options.epochs and self._told_to_stop(0)
@@ -229,10 +231,17 @@ class Epochs(Callback):
         sign = 1.0 if self.metrics[self.options.monitor].higher_is_better else -1.0
         return sign * sum(values) / len(values)
 
-    def _note(self, epoch: int, scores: Mapping[str, float]) -> bool:
+    def _reached(self) -> bool | None:
+        """Whether all parts with a target have reached it; None if none has one."""
+        answers = [part.reached() for part in self.run.model.targeted()]
+        known = [answer for answer in answers if answer is not None]
+        return all(known) if known else None
+
+    def _note(self, epoch: int, scores: Mapping[str, float], aims: bool) -> bool:
+        """Note the best epoch so far; while parts aim at a target, that is the newest one."""
         value = self._monitored(scores)
         best = self.best_value
-        better = value is None or best is None or value > best + self.options.min_delta
+        better = aims or value is None or best is None or value > best + self.options.min_delta
         if better:
             self.best_epoch, self.best_value, self.without_gain = epoch, value, 0
             self.best = {name: t.detach().clone() for name, t in self.run.model.state_dict().items()}

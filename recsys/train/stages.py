@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from rich.table import Table as TextTable
 
-from recsys.contracts import Metric, Named, Stage
+from recsys.contracts import Lasting, Metric, Named, Stage
 from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.selection import is_everything
@@ -26,7 +26,9 @@ SELECTOR_PREFIX = "selector."
 
 
 class Rewind:
-    """Put the weights back to the snapshot of an earlier fit stage; the selector keeps what it learned.
+    """Put the weights back to the snapshot of an earlier fit stage; what was decided to leave out stays decided.
+
+    The selector keeps all that it learned, and the embedding its decision.
 
     It comes before `prune`: the other order would undo the pruning.
 
@@ -43,12 +45,14 @@ class Rewind:
         """Load the snapshot into `run.model`."""
         if run.state["selections"]:
             raise RecipeError(f"{run.stage}: rewind after prune would undo the pruning; put it before")
-        _load_all_but_selector(run.model, run.snapshot(self.to))
+        _load_all_but_decisions(run.model, run.snapshot(self.to))
         run.keep_weights()
 
 
 class Reset:
-    """Start again from fresh initial weights; the selector keeps what it learned.
+    """Start again from fresh initial weights; what was decided to leave out stays decided.
+
+    The selector keeps all that it learned, and the embedding its decision. It comes before `prune`.
 
     Args:
         reseed: draw other initial weights than the first ones.
@@ -64,7 +68,7 @@ class Reset:
         if run.state["selections"]:
             raise RecipeError(f"{run.stage}: reset after prune would undo the pruning; put it before")
         seed = run.seed(run.stage, "weights") if self.reseed else run.seed("weights")
-        _load_all_but_selector(run.model, run.build_model(seed).state_dict())
+        _load_all_but_decisions(run.model, run.build_model(seed).state_dict())
         run.keep_weights()
 
 
@@ -183,8 +187,10 @@ def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
             other = True  # a plugin's stage may keep snapshots of any name
 
 
-def _load_all_but_selector(model: Model, weights: Mapping[str, Any]) -> None:
+def _load_all_but_decisions(model: Model, weights: Mapping[str, Any]) -> None:
     own = {name: t for name, t in model.state_dict().items() if name.startswith(SELECTOR_PREFIX)}
+    if isinstance(model.embedding, Lasting):
+        own |= {f"embedding.{name}": t for name, t in model.embedding.decision().items()}
     model.load_state_dict({**weights, **own})
 
 
