@@ -13,13 +13,14 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import pydantic
 import torch
 import torch.distributed as dist
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from recsys.api import (
     Batch,
     Component,
     Fields,
+    Layout,
     Predictions,
     RecipeError,
     Run,
@@ -45,6 +46,7 @@ class Elastic(Protocol):
     """An embedding whose vocabularies can do with fewer dimensions."""
 
     fields: Fields
+    layout: Layout
 
     def sizes(self) -> Mapping[str, int]:
         """Vocabulary → number of kept rows, in the order of a candidate."""
@@ -283,7 +285,8 @@ class Evolve:
         crossovers: of each generation.
         mutation: probability with which a mutant's width is drawn anew.
         parents: how many of the best have children.
-        budget: most bytes of the pruned embedding; larger candidates are never chosen.
+        budget: most bytes of the pruned embedding, as a share of those of the whole table; larger candidates are never
+            chosen.
         recalibration: training batches on which batch normalisation is averaged anew for each candidate; 0 leaves its
             statistics as training on random widths left them. It costs as many forward passes per candidate.
     """
@@ -299,7 +302,7 @@ class Evolve:
         crossovers: NonNegativeInt = 10,
         mutation: Probability = 0.1,
         parents: PositiveInt = 15,
-        budget: PositiveInt | None = None,
+        budget: PositiveFloat | None = None,
         recalibration: NonNegativeInt = 0,
     ) -> None:
         self.population, self.generations = population, generations
@@ -315,10 +318,11 @@ class Evolve:
         scorer = Scorer(run, self.recalibration)
         embedding = scorer.embedding
         cost = Cost.of(embedding)
-        if self.budget is not None and (least := cost((1,) * len(cost.rows))) > self.budget:
+        limit = math.inf if self.budget is None else self.budget * cost.whole
+        if (least := cost((1,) * len(cost.rows))) > limit:
             raise RecipeError(
-                f"{run.stage}: budget is {self.budget:,} bytes, but one dimension of every kept row, and what finds "
-                f"the rows, take {least:,}"
+                f"{run.stage}: a budget of {self.budget:g} is {int(limit):,} bytes, but a dimension of every kept row, "
+                f"and what finds the rows, take {least:,}"
             )
         seed = run.seed(run.stage, "search")
         search = Search(
@@ -329,7 +333,7 @@ class Evolve:
             mutants=self.mutants,
             crossovers=self.crossovers,
             mutation=self.mutation,
-            allowed=lambda c: self.budget is None or cost(c) <= self.budget,
+            allowed=lambda c: cost(c) <= limit,
         )
         log = self._search(run, search, scorer, cost)
         best = search.best(1)
@@ -363,17 +367,20 @@ class Cost:
     Args:
         rows: k, the kept rows of each vocabulary.
         fixed: bytes that do not depend on the widths.
+        whole: bytes of the whole table.
     """
 
     rows: Candidate
     fixed: int
+    whole: int
 
     @classmethod
     def of(cls, embedding: Elastic) -> Cost:
         """Measure what does not depend on widths with all of them whole."""
         rows = tuple(embedding.sizes().values())
         whole = sum(t.nbytes for t in embedding.prune(embedding.kept()).export_tables().values())
-        return cls(rows, whole - 4 * sum(rows) * embedding.fields.dim)
+        fixed = whole - 4 * sum(rows) * embedding.fields.dim
+        return cls(rows, fixed, 4 * sum(embedding.layout.rows) * embedding.fields.dim)
 
     def __call__(self, candidate: Candidate) -> int:
         """Bytes of the pruned embedding."""

@@ -109,7 +109,7 @@ def test_children_come_from_the_best_and_mutate_as_often_as_asked():
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=8), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_nothing_above_the_budget_is_chosen_and_something_always_is(sizes, share, seed):
-    cost = Cost(tuple(sizes), 100)
+    cost = Cost(tuple(sizes), 100, 10_000)
     low, high = cost((1,) * len(sizes)), cost((6,) * len(sizes))
     budget = low + share * (high - low)
     found = search(len(sizes), 6, seed, allowed=lambda c: cost(c) <= budget)
@@ -280,18 +280,19 @@ def test_the_same_seed_finds_the_same_and_a_budget_is_kept(tmp_path):
     logs = []
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
-        stages = STAGES % (", budget: 14000" if name == "c" else "")
+        stages = STAGES % (", budget: 0.35" if name == "c" else "")
         build, recipe, registry = start(tmp_path / name, stages)
         run = build()
         run_stages(run, recipe, registry)
         logs.append((tmp_path / name / "run" / "2-evolve" / "search.json").read_text())
     assert logs[0] == logs[1]
     log = json.loads(logs[2])
-    assert log["bytes"] <= 14000 < log["generations"][0][0]["bytes"]
+    limit = 0.35 * run.build_model(0).embedding.weight.nbytes
+    assert log["bytes"] <= limit < log["generations"][0][0]["bytes"]
     assert sum(t.nbytes for t in run.model.embedding.export_tables().values()) == log["bytes"]
     (tmp_path / "d").mkdir()
-    build, recipe, registry = start(tmp_path / "d", STAGES % ", budget: 1000")
-    with pytest.raises(RecipeError, match="budget is 1,000 bytes"):
+    build, recipe, registry = start(tmp_path / "d", STAGES % ", budget: 0.01")
+    with pytest.raises(RecipeError, match=r"a budget of 0\.01 is "):
         run_stages(build(), recipe, registry)
 
 
