@@ -18,6 +18,7 @@ INTERACTIONS = REGISTRY.names("interaction")
 SCHEMA = EncodedSchema((Field("a", 90), Field("b", 60), Field("x", 2, numeric=True), Field("c", 30)))
 DIM = 8
 OPTIONS = {
+    "mde": {"alpha": 0.5},
     "qr": {"collisions": 4},
     "unified": {"rows": 64, "chunks": 2},
     "pep": {"threshold_init": -3.0, "init_std": 0.3},
