@@ -108,8 +108,11 @@ def test_a_broken_plugin_is_a_remark_and_the_others_work(install: Install, code:
 
 def test_a_broken_plugin_leaves_no_hook_behind(install: Install) -> None:
     observer = "\n@hookimpl\ndef recsys_before_stage(run, stage):\n    raise RuntimeError\n"
+    install("good", GOOD + observer)
     install("bad", GOOD.replace("yield", "1 / 0; yield") + observer)
-    load_registry(environ={}).hooks.recsys_before_stage(run=None, stage="fit")
+    left = load_registry(environ={}).hooks.recsys_before_stage.get_hookimpls()
+    fakes = [i.function.__module__ for i in left if i.function.__module__.startswith("fake_recsys_")]
+    assert fakes == ["fake_recsys_good"]
 
 
 def test_observers_are_called(install: Install) -> None:

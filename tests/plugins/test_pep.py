@@ -89,9 +89,19 @@ def test_pruned_is_what_evaluation_shows_and_only_that_is_stored(granularity, se
     made = table(granularity, seed).eval()
     small = made.prune(made.kept()).eval()
     b = samples.batch(20, SCHEMA, seed)
-    assert torch.equal(small(b.ids, b.values.double()), made(b.ids, b.values.double()))
     events = b.history["past"][0]
-    assert torch.equal(small.history("past", events), made.history("past", events))
+    # A sigmoid of one row and of a whole table can differ in the last bit; what is zero is the same.
+    pairs = [
+        (small(b.ids, b.values.double()), made(b.ids, b.values.double())),
+        (small.history("past", events), made.history("past", events)),
+    ]
+    for got, shown in pairs:
+        assert torch.equal(got != 0, shown != 0)
+        assert (got - shown).abs().max() <= 1e-15 * max(1.0, float(shown.abs().max()))
+    made.set_extra_state(made.decision()["_extra_state"])
+    decided = made.prune(made.kept()).eval()
+    assert torch.equal(decided(b.ids, b.values.double()), made(b.ids, b.values.double()))
+    assert torch.equal(decided.history("past", events), made.history("past", events))
     assert sum(t.nbytes for n, t in small.export_tables().items() if n != "flat") + 4 * small.flat.numel() == made.size(
         made.left()
     )
