@@ -253,6 +253,25 @@ class Targeted(Protocol):
 
 
 @runtime_checkable
+class Reorderable(Protocol):
+    """A pruned embedding that needs no map from ids to rows once what it keeps has the first ids.
+
+    The stage `export` asks for the order, and renumbers the vocabularies and the first-order weights with it.
+    """
+
+    def row_order(self) -> tuple[Tensor | None, ...]:
+        """For every vocabulary of the schema, in order, its ids `[rows]` in the order it wants; None: as they are.
+
+        The missing and the unknown value must stay where they are.
+        """
+        ...
+
+    def reordered(self, orders: tuple[Tensor | None, ...]) -> tuple[Embedding, Selection]:
+        """Return the embedding for ids in the new order, and the selection that makes its like of a fresh one."""
+        ...
+
+
+@runtime_checkable
 class Stepped(Protocol):
     """A part that changes itself after every optimizer step, beside what the optimizer does."""
 

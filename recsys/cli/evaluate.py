@@ -12,7 +12,7 @@ from recsys.cli.train import DataRootOption
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run, or its folder `export`.")],
     split: Annotated[
         list[str] | None,
         typer.Option("--split", metavar="NAME", help="train, valid or test; by default valid and test."),

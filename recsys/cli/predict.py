@@ -12,7 +12,7 @@ from recsys.cli.train import DataRootOption
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run, or its folder `export`.")],
     data: Annotated[
         list[str], typer.Option("--data", metavar="FILE", help="File or glob of raw rows; can be repeated.")
     ],

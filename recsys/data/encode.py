@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -20,7 +21,7 @@ from recsys.data.report import SplitReport
 from recsys.data.rules import Screen
 from recsys.data.schema import Categorical, DataConfig
 from recsys.data.values import context, id_values, labels, numbers, with_nulls
-from recsys.data.vocabulary import Ids, Lookup
+from recsys.data.vocabulary import Ids, Lookup, Vocabulary
 from recsys.errors import DataError, did_you_mean, listing
 
 
@@ -85,6 +86,20 @@ class Encoder:
     def lookup(self, field: str) -> Lookup:
         """Return the vocabulary or the hash buckets that a categorical or multi-valued field uses."""
         return self.lookups[self.owner(field)]
+
+    def vocabularies(self) -> dict[str, str]:
+        """Columns of the schema that own a vocabulary that was learned → its name in `lookups`."""
+        learned = [name for name, lookup in self.lookups.items() if isinstance(lookup, Vocabulary)]
+        return {name if name in self.config.categorical else f"{name}.{name}": name for name in learned}
+
+    def reordered(self, orders: Mapping[str, Ids]) -> Encoder:
+        """Return an encoder that gives the values of some vocabularies other ids.
+
+        Args:
+            orders: name in `lookups` → the old ids, `[rows]`, in their new order; missing and unknown stay first.
+        """
+        changed = {name: cast("Vocabulary", self.lookups[name]).reordered(order) for name, order in orders.items()}
+        return replace(self, lookups={**self.lookups, **changed})
 
     def transform(
         self, logs: RawRows | pl.LazyFrame, *, labels: bool = True, report: SplitReport | None = None

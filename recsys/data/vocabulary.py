@@ -15,6 +15,7 @@ from recsys.data.hashing import hash_series
 from recsys.data.values import STORED, Kind
 
 Ids = npt.NDArray[np.int64]
+_RESERVED = np.arange(FIRST_ID)
 _DENSE_SPACE = 1 << 16
 """Integer vocabularies whose values span at most this, or four times their size, are looked up in an array."""
 _PENDING = 1 << 17
@@ -69,6 +70,16 @@ class Vocabulary:
     def rows(self) -> int:
         """Number of ids, missing and unknown included."""
         return FIRST_ID + len(self.values)
+
+    def reordered(self, order: Ids) -> Vocabulary:
+        """Return the same values with other ids: new id i is what was `order[i]`, `[rows]`.
+
+        Raises:
+            ValueError: `order` moves the missing or the unknown value, or is no order of the ids.
+        """
+        if not np.array_equal(np.sort(order), np.arange(self.rows)) or not np.array_equal(order[:FIRST_ID], _RESERVED):
+            raise ValueError("an order names every id once, and starts with those of the missing and the unknown value")
+        return Vocabulary(self.kind, self.values.gather(order[FIRST_ID:] - FIRST_ID))
 
     def ids(self, values: pl.Series, present: npt.NDArray[np.bool_]) -> Ids:
         """Return the ids of a block.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.errors import DataError, did_you_mean, listing
 from recsys.nn.layout import Column, Guard, Layout, scale
+from recsys.nn.reorder import Orders, Reordered, kept_first, moved
 
 
 class RowSource(Protocol):
@@ -93,6 +94,20 @@ class CompactTable(nn.Module):
     def prune(self, selection: Selection) -> CompactTable:
         """Return a smaller table still; what is gone stays gone."""
         return CompactTable(self.schema, self, selection)
+
+    def row_order(self) -> Orders:
+        """The order of ids in which what is kept comes first."""
+        narrow = not all(bool(dims.all()) for _, dims in self.kept)
+        return kept_first(self.layout, [rows for rows, _ in self.kept], narrow=narrow)
+
+    def reordered(self, orders: Orders) -> tuple[CompactTable, Selection]:
+        """Return the table for ids in the new order, and the selection that prunes a whole table to its like."""
+        names = [c.name for c in self.layout.columns]
+        rows = moved(self.layout, orders, [rows for rows, _ in self.kept])
+        kept = tuple(n for n, r in zip(names, rows, strict=True) if bool(r.any()) and n in self.fields.names)
+        dims = [dims for _, dims in self.kept]
+        selection = Selection(kept, dict(zip(names, rows, strict=True)), dict(zip(names, dims, strict=True)))
+        return CompactTable(self.schema, Reordered(self, orders), selection), selection
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The flat storage, the id maps, and where each column finds its part."""

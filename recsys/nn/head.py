@@ -75,6 +75,16 @@ class Head(nn.Module):
             logit = logit + first[:, own]
         return {task: logit[:, t] for t, task in enumerate(self.tasks)}
 
+    @torch.no_grad()
+    def reorder(self, orders: Mapping[str, Tensor]) -> None:
+        """Put the first-order weights of the fields named into a new order of ids, each `[rows]` of old ids."""
+        if self.wide is None:
+            return
+        renumbered = {c.vocabulary: c for c in self.wide.layout.fields if c.name in orders}
+        for c in renumbered.values():
+            own = self.wide.weight[self.wide.layout.offsets[c.vocabulary] :][: c.rows]
+            own.copy_(own[orders[c.name].to(own.device)])
+
     def table_parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that table-wide L2 covers."""
         return {} if self.wide is None else {"wide.weight": self.wide.weight}

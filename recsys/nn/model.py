@@ -14,6 +14,7 @@ from recsys.contracts import Batch, EncodedSchema, Fields, Selection
 from recsys.errors import PluginError, RecipeError, listing
 from recsys.nn.head import Head
 from recsys.nn.layout import Layout
+from recsys.nn.reorder import Orders, by_column
 from recsys.nn.selection import KeepAll, both
 from recsys.nn.sequence import MeanPool
 
@@ -170,11 +171,32 @@ class Model(nn.Module):
         Its predictions are, bit for bit, those of this model with the dropped parts of the embedding's output
         multiplied by zero (the target of a history included). First-order weights stay.
         """
+        return self._with(self.embedding.prune(selection))
+
+    def row_order(self) -> Orders | None:
+        """The order of ids that the pruned embedding wants, so that it needs no map; None if it wants none."""
+        if not isinstance(self.embedding, contracts.Reorderable) or not isinstance(self.selector, KeepAll):
+            return None
+        orders = self.embedding.row_order()
+        return orders if any(order is not None for order in orders) else None
+
+    def reordered(self, orders: Orders) -> tuple[Model, Selection]:
+        """Return a new model for ids in another order, and the selection that makes its like of a fresh model.
+
+        Its predictions are, bit for bit, those of this one, which stays as it is.
+        """
+        embedding, selection = cast("contracts.Reorderable", self.embedding).reordered(orders)
+        model = self._with(embedding)
+        model.head.reorder(by_column(Layout.of(self.schema), orders))
+        return model, selection
+
+    def _with(self, embedding: contracts.Embedding) -> Model:
+        """A copy with another embedding, and without the selector."""
         groups = [h.name for h in self.schema.histories]
         sequences = dict(zip(groups, cast("list[contracts.Sequence]", list(self.sequences)), strict=True))
         return Model(
             self.schema,
-            self.embedding.prune(selection),
+            embedding,
             KeepAll(self.embedding.fields).to(next(self.head.parameters()).device),
             copy.deepcopy(sequences),
             copy.deepcopy(cast("list[contracts.Interaction]", list(self.interactions))),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recsys.contracts import Fields, Selection
 from recsys.errors import RunError
 
-FORMAT = "recsys-selection-1"
+FORMAT = "recsys-selection-2"
 
 
 class KeepAll(nn.Module):
@@ -79,12 +79,11 @@ def both(one: Selection, other: Selection) -> Selection:
 
 
 def save_selection(selection: Selection, path: Path) -> None:
-    """Write a selection as safetensors: the masks, those of elements eight in a byte; the kept fields as metadata."""
-    tensors = {f"rows/{k}": v.detach().cpu().bool().contiguous() for k, v in selection.rows.items()}
-    tensors |= {f"dims/{k}": v.detach().cpu().bool().contiguous() for k, v in selection.dims.items()}
-    shapes = {k: list(v.shape) for k, v in selection.elements.items()}
-    tensors |= {f"elements/{k}": _packed(v) for k, v in selection.elements.items()}
-    meta = {"format": FORMAT, "fields": selection.fields} | ({"elements": shapes} if shapes else {})
+    """Write a selection as safetensors: the masks, eight numbers in a byte; shapes and kept fields as metadata."""
+    masks = {"rows": selection.rows, "dims": selection.dims, "elements": selection.elements}
+    tensors = {f"{kind}/{k}": _packed(v) for kind, given in masks.items() for k, v in given.items()}
+    shapes = {f"{kind}/{k}": list(v.shape) for kind, given in masks.items() for k, v in given.items()}
+    meta = {"format": FORMAT, "fields": selection.fields, "shapes": shapes}
     # One entry: safetensors writes several in an order that differs from process to process.
     save_file(tensors, path, metadata={"selection": json.dumps(meta)})
 
@@ -98,18 +97,17 @@ def load_selection(path: Path) -> Selection:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("selection", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, ValueError, SafetensorError) as e:
         raise RunError(f"{path}: cannot be read as a selection: {e}") from e
     if meta.get("format") != FORMAT:
         raise RunError(f"{path}: not a selection file (format {meta.get('format')!r}, expected {FORMAT!r})")
-    packed, shapes = _masks(tensors, "elements/"), meta.get("elements", {})
-    elements = {k: _unpacked(v, shapes[k]) for k, v in packed.items()}
-    return Selection(tuple(meta["fields"]), _masks(tensors, "rows/"), _masks(tensors, "dims/"), elements)
+    masks = {name: _unpacked(bits, meta["shapes"][name]) for name, bits in packed.items()}
+    return Selection(tuple(meta["fields"]), *(_masks(masks, kind) for kind in ("rows/", "dims/", "elements/")))
 
 
 def _packed(mask: Tensor) -> Tensor:
-    """Eight bits in a byte, `[rows, D] -> [⌈rows · D / 8⌉]` uint8."""
+    """Eight bits in a byte, `[…] -> [⌈n / 8⌉]` uint8."""
     return torch.from_numpy(np.packbits(mask.detach().cpu().bool().numpy().ravel()))
 
 

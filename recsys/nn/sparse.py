@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.nn.compact import CompactTable, RowSource, Slots, element_masks, slot_bytes, slot_maps
 from recsys.nn.layout import Column, Layout, scale
+from recsys.nn.reorder import Orders, Reordered, kept_first, moved
 
 
 class ElementTable(nn.Module):
@@ -79,6 +80,18 @@ class ElementTable(nn.Module):
     def prune(self, selection: Selection) -> ElementTable:
         """Return a smaller table still; what is gone stays gone."""
         return ElementTable(self.schema, self, selection)
+
+    def row_order(self) -> Orders:
+        """The order of ids in which those with kept numbers come first."""
+        return kept_first(self.layout, self.kept)
+
+    def reordered(self, orders: Orders) -> tuple[CompactTable | ElementTable, Selection]:
+        """Return the table for ids in the new order, and the selection that prunes a whole table to its like."""
+        names = [c.name for c in self.layout.columns]
+        masks = moved(self.layout, orders, self.kept)
+        kept = tuple(n for n, m in zip(names, masks, strict=True) if bool(m.any()) and n in self.fields.names)
+        selection = Selection(kept, elements=dict(zip(names, masks, strict=True)))
+        return compact(self.schema, Reordered(self, orders), selection), selection
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The numbers, bits and places of the rows, the id maps, and where each column finds its part."""

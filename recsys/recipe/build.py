@@ -29,10 +29,10 @@ from recsys.plugin.registry import Checked, Registry
 from recsys.recipe.check import Recipe, check_document
 from recsys.recipe.reader import Document
 from recsys.train import distributed
-from recsys.train.checkpoint import read_json, replacing, write_json
+from recsys.train.checkpoint import MANIFEST, read_json, replacing, sha256, write_json
 from recsys.train.distributed import World
 from recsys.train.progress import bar
-from recsys.train.run import PlantedTruth, Run, Spec
+from recsys.train.run import PlantedTruth, Run, Spec, restore_model
 
 
 def cache_folder() -> Path:
@@ -229,11 +229,13 @@ def read_run(folder: Path, registry: Registry) -> tuple[Recipe, dict[str, Any]]:
 
 
 def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Recipe, Run, dict[str, Any]]:
-    """Return a finished run with its trained model, without its data.
+    """Return a finished run with its trained model, without its data; or what such a run exported.
 
     Raises:
-        RunError: nothing has been trained in it yet.
+        RunError: nothing has been trained in it yet, or a file was altered after it was exported.
     """
+    if is_export(folder):
+        return load_exported(folder, registry, console)
     recipe, facts = read_run(folder, registry)
     run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
     run.restore()
@@ -242,6 +244,34 @@ def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Re
             f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`"
         )
     return recipe, run, facts
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder was written by the stage `export`."""
+    return (folder / MANIFEST).is_file() and (folder / "recipe.json").is_file() and not (folder / "run.json").exists()
+
+
+def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[Recipe, Run, dict[str, Any]]:
+    """Return the exported model, with the encoder that was exported with it.
+
+    Raises:
+        RunError: a file is missing, or was altered after it was exported.
+    """
+    for name, digest in read_json(folder / MANIFEST).items():
+        path = folder / name
+        if not path.is_file():
+            raise RunError(f"{path}: missing; it was there when the model was exported")
+        if sha256(path) != digest:
+            raise RunError(f"{path}: altered after the model was exported (sha256 differs)")
+    document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
+    recipe = check_document(document, registry, folder.name, folder)
+    run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
+    run.state["selections"] = sorted(
+        (path.name for path in folder.glob("selection-*.safetensors")), key=lambda name: (len(name), name)
+    )
+    run.state["weights"] = "model.safetensors"
+    restore_model(run)
+    return recipe, run, {}
 
 
 def _git_hash(folder: Path) -> str | None:

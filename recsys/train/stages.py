@@ -12,8 +12,10 @@ from rich.table import Table as TextTable
 
 from recsys.contracts import Lasting, Metric, Named, Stage
 from recsys.errors import RecipeError
+from recsys.nn.layout import Layout
 from recsys.nn.model import Model
-from recsys.nn.selection import is_everything
+from recsys.nn.reorder import Orders, renumbered
+from recsys.nn.selection import is_everything, save_selection
 from recsys.train.checkpoint import replacing, save_tensors, sha256, write_json
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
@@ -128,6 +130,9 @@ class Evaluate:
 class Export:
     """Write the trained model with all that is needed to use it: weights, encoder, schema, recipe, hashes.
 
+    Where rows were pruned, the values of each vocabulary are numbered anew, those kept first: what is exported needs
+    no map from ids to rows, and gives the same scores for the same raw values. Hashed fields keep their map.
+
     Args:
         exporters: further formats to write, each into its own folder: names of exporters, or `{use: NAME, …}`.
     """
@@ -148,18 +153,38 @@ class Export:
         run.say(f"{run.stage}: {final}")
 
     def _write(self, run: Run, folder: Path) -> None:
-        run.encoder.save(folder / "encoder")
-        save_tensors(folder / "model.safetensors", run.model.state_dict())
+        encoder, model = run.encoder, run.model
+        example = run.split("train").gather(np.arange(min(8, len(run.split("train")))))
+        orders = _orders(run)
+        if orders is None:
+            for index, name in enumerate(run.state["selections"]):
+                (folder / f"selection-{index}.safetensors").write_bytes((run.folder / name).read_bytes())
+        else:
+            layout, names = Layout.of(run.schema), encoder.vocabularies()
+            new = {names[o]: order.numpy() for o, order in zip(layout.owners, orders, strict=True) if order is not None}
+            encoder, example = encoder.reordered(new), renumbered(example, layout, orders)
+            model, selection = model.reordered(orders)
+            save_selection(selection, folder / "selection-0.safetensors")
+            run.say(f"{run.stage}: kept values first: {run.model.bytes():,} → {model.bytes():,} bytes")
+        encoder.save(folder / "encoder")
+        save_tensors(folder / "model.safetensors", model.state_dict())
         write_json(folder / "recipe.json", run.recipe)
         write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
-        for index, name in enumerate(run.state["selections"]):
-            (folder / f"selection-{index}.safetensors").write_bytes((run.folder / name).read_bytes())
-        example = run.split("train").gather(np.arange(min(8, len(run.split("train")))))
         for spec in self.exporters:
             (folder / _name(spec)).mkdir(parents=True, exist_ok=True)
-            run.exporter(spec).export(run.model, example.to(run.device), folder / _name(spec))
+            run.exporter(spec).export(model, example.to(run.device), folder / _name(spec))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
         write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
+
+
+def _orders(run: Run) -> Orders | None:
+    """The order of ids that the model wants, of the vocabularies that can be numbered anew; None if none shall be."""
+    orders, known = run.model.row_order(), run.encoder.vocabularies()
+    if orders is None:
+        return None
+    owners = Layout.of(run.schema).owners
+    free = tuple(order if owner in known else None for owner, order in zip(owners, orders, strict=True))
+    return free if any(order is not None for order in free) else None
 
 
 def check_order(stages: Sequence[tuple[str, Stage]]) -> None:

@@ -1,0 +1,90 @@
+"""What a run exports: the same scores from raw values, kept values first, and nothing that was altered."""
+
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+
+from recsys.data.encode import Encoder
+from recsys.errors import RunError
+
+SMALL = ("data.source.rows=4000", "train.threads=1", "train.epochs=1", "model.embedding.dim=4")
+PRUNED = {
+    "frequency": "stages=[{use: count_rows}, {use: fit}, {use: prune}, {use: export}]",
+    "magnitude": "stages=[{use: fit}, {use: prune}, {use: export}]",
+}
+
+
+def logs(folder: Path, rows: int = 300) -> Path:
+    """Raw rows to score, a few with values that training never saw or without any."""
+    from recsys.data.simulate import Simulated
+    from recsys.data.sources import DataRoot
+
+    frame = Simulated(DataRoot((folder,)), rows=4000, seed=7).scan("test").head(rows).collect()
+    names = [name for name, kind in frame.schema.items() if kind == pl.String][:2]
+    odd = pl.int_range(pl.len()) % 5
+    changed = [
+        pl.when(odd == 0).then(pl.lit("never seen")).when(odd == 1).then(None).otherwise(pl.col(n)).alias(n)
+        for n in names
+    ]
+    path = folder / "rows.parquet"
+    frame.with_columns(changed).write_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("embedding", PRUNED)
+def test_an_export_scores_raw_rows_as_its_run_does_and_maps_no_ids(recsys, tmp_path, embedding):
+    run, rows = tmp_path / "run", logs(tmp_path)
+    options = (f"model.embedding={{use: {embedding}, dim: 4, budget: 0.3}}", PRUNED[embedding])
+    recsys("train", "quickstart", *SMALL[:3], *options, "--out", run)
+    for folder in (run, run / "export"):
+        recsys("predict", folder, "--data", rows, "--out", tmp_path / f"{folder.name}.parquet")
+    scores = [pl.read_parquet(tmp_path / f"{name}.parquet")["score"] for name in ("run", "export")]
+    assert scores[0].n_unique() > 100
+    assert scores[0].equals(scores[1])
+    before, after = Encoder.load(run / "encoder"), Encoder.load(run / "export" / "encoder")
+    moved = 0
+    for name, lookup in before.lookups.items():
+        other = after.lookups[name]
+        assert lookup.values.sort().equals(other.values.sort()), "the same values"
+        moved += not lookup.values.equals(other.values)
+    assert (moved > 0) == (embedding == "magnitude"), "by frequency they are in that order from the first"
+    from rich.console import Console
+
+    from recsys.plugin.registry import load_registry
+    from recsys.recipe.build import load_trained
+
+    maps = [
+        load_trained(folder, load_registry(), Console(quiet=True))[1].model.embedding.slots.numel()
+        for folder in (run, run / "export")
+    ]
+    assert maps[0] > 1 or embedding == "frequency"
+    assert maps[1] == 1
+    fit = "2-fit" if embedding == "frequency" else "1-fit"
+    whole = sum(t.nbytes for n, t in load_file(run / fit / "model.safetensors").items() if n.startswith("embedding"))
+    tables = load_file(run / "export" / "model.safetensors")
+    assert sum(t.nbytes for name, t in tables.items() if name.startswith("embedding")) <= 0.3 * whole * (1 + 1e-3)
+
+
+def test_what_was_altered_is_refused(recsys, tmp_path, capsys):
+    run = tmp_path / "run"
+    recsys("train", "quickstart", *SMALL, "--out", run)
+    rows = logs(tmp_path)
+
+    def refused(alter) -> str:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run / "export", copy)
+        alter(copy)
+        with pytest.raises((RunError, SystemExit)) as error:
+            recsys("predict", copy, "--data", rows, "--out", tmp_path / "scores.parquet")
+        return str(error.value)
+
+    def other_vocabulary(copy: Path) -> None:
+        path = next(iter(sorted((copy / "encoder" / "vocabulary").glob("*.parquet"))))
+        pl.read_parquet(path).reverse().write_parquet(path)
+
+    assert "altered after the model was exported" in refused(other_vocabulary)
+    assert "missing; it was there when the model was exported" in refused(lambda c: (c / "metrics.json").unlink())
