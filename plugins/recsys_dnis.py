@@ -10,7 +10,17 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from recsys.api import Component, EncodedSchema, RecipeError, Selection, Table, compact, hookimpl, keep_within
+from recsys.api import (
+    Component,
+    EncodedSchema,
+    RecipeError,
+    Selection,
+    Table,
+    hookimpl,
+    keep_within,
+    pruned_table,
+    require_room,
+)
 
 Space = Literal["free", "prefix", "block"]
 """Gates of their own for every coordinate of every block; as many first coordinates as each block chooses; as many
@@ -117,6 +127,10 @@ class DNIS(Table):
         block = self.block[rows + self.layout.offsets[vocabulary]].int()
         return super().read(vocabulary, rows) * self.gates().detach().index_select(0, block)
 
+    def check_budget(self) -> None:
+        """Raise a `RecipeError` where even an empty table takes more than the budget."""
+        require_room(self.schema, self.fields.dim, self.budget)
+
     def kept(self) -> Selection:
         """The largest numbers behind the gates that fit into the budget; what a gate shuts off is never kept.
 
@@ -131,7 +145,7 @@ class DNIS(Table):
 
     def prune(self, selection: Selection) -> Any:
         """Return the smaller table, of vectors that have passed the gates."""
-        return compact(self.schema, self, selection)
+        return pruned_table(self.schema, self, selection)
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The whole table, the gates and the blocks."""

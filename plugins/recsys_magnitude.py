@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from recsys.api import Component, EncodedSchema, RecipeError, Selection, Table, hookimpl, keep_within
+from recsys.api import Component, EncodedSchema, RecipeError, Selection, Table, hookimpl, keep_within, require_room
 
 BASE = 0.99
 """Of the schedule's exponential."""
@@ -67,6 +67,10 @@ class MagnitudeTable(Table):
                 size = self.weight.abs()
                 self.weight.masked_fill_(size <= size.flatten().kthvalue(count).values, 0.0)
 
+    def check_budget(self) -> None:
+        """Raise a `RecipeError` where even an empty table takes more than the budget."""
+        require_room(self.schema, self.fields.dim, self.budget)
+
     def kept(self) -> Selection:
         """The largest numbers that fit into the budget."""
         return keep_within(self.schema, self.fields.dim, self.weight.abs(), self.budget)
@@ -111,6 +115,10 @@ class FrequencyTable(Table):
         for column in self.layout.columns:
             first = self.layout.offsets[column.vocabulary]
             self.count[first : first + column.rows] = counts[column.name].to(self.count.device)
+
+    def check_budget(self) -> None:
+        """Raise a `RecipeError` where even an empty table takes more than the budget."""
+        require_room(self.schema, self.fields.dim, self.budget)
 
     def kept(self) -> Selection:
         """The most frequent rows that fit into the budget.

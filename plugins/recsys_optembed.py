@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from recsys.api import Component, EncodedSchema, Run, Selection, Table, compact, hookimpl
+from recsys.api import Component, EncodedSchema, Run, Selection, Table, hookimpl, pruned_table
 
 SAMPLE = 128
 """Rows of each vocabulary that the guard looks at after a step."""
@@ -234,7 +234,7 @@ class OptEmbed(Table):
 
     def prune(self, selection: Selection) -> Any:
         """Return the smaller table, which learns like any other; rows below their threshold are zeros in it."""
-        return compact(self.schema, self, selection)
+        return pruned_table(self.schema, self, selection)
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The whole table, and what says which part of it counts."""

@@ -10,7 +10,18 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from recsys.api import Component, EncodedSchema, Run, Selection, Table, compact, hookimpl, keep_within, pruned_bytes
+from recsys.api import (
+    Component,
+    EncodedSchema,
+    Run,
+    Selection,
+    Table,
+    hookimpl,
+    keep_within,
+    pruned_bytes,
+    pruned_table,
+    require_room,
+)
 
 Granularity = Literal["global", "dim", "feature", "feature_dim"]
 """What has a threshold of its own: the table, each dimension, each row, each number."""
@@ -129,6 +140,11 @@ class PEP(Table):
         self.mask = state.bool().to(self.weight.device) if len(state) else None
         self.s.requires_grad_(self.mask is None)
 
+    def check_budget(self) -> None:
+        """Raise a `RecipeError` where even an empty table takes more than the budget."""
+        if self.budget is not None:
+            require_room(self.schema, self.fields.dim, self.budget)
+
     def kept(self) -> Selection:
         """The numbers that are left, of every column."""
         return self._selection(self.left())
@@ -140,7 +156,7 @@ class PEP(Table):
 
     def prune(self, selection: Selection) -> Any:
         """Return the smaller table, which learns like any other; it has no thresholds."""
-        return compact(self.schema, self, selection)
+        return pruned_table(self.schema, self, selection)
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The whole table, and what says which part of it counts."""

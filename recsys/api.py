@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from recsys.data.hashing import hash_text, mix
     from recsys.data.sources import DataRoot
     from recsys.nn.addressed import Addressed, column_groups
-    from recsys.nn.budget import keep_within, pruned_bytes
+    from recsys.nn.budget import keep_within, pruned_bytes, require_room
     from recsys.nn.dropout import Dropout
     from recsys.nn.entmax import entmax
     from recsys.nn.kept import Keep, Rank, kept_columns, places, widen
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
     from recsys.nn.sparse import compact
-    from recsys.nn.table import Table
+    from recsys.nn.table import Table, pruned_table
     from recsys.train.guard import Buffers
     from recsys.train.losses import label_bce
     from recsys.train.progress import bar
@@ -92,6 +92,8 @@ __all__ = [
     "places",
     "predict",
     "pruned_bytes",
+    "pruned_table",
+    "require_room",
     "scale",
     "widen",
 ]
@@ -127,6 +129,8 @@ _LAZY = {
     "places": "recsys.nn.kept",
     "predict": "recsys.train.score",
     "pruned_bytes": "recsys.nn.budget",
+    "pruned_table": "recsys.nn.table",
+    "require_room": "recsys.nn.budget",
     "scale": "recsys.nn.layout",
     "widen": "recsys.nn.kept",
 }

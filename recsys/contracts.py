@@ -231,6 +231,15 @@ class Deciding(Protocol):
 
 
 @runtime_checkable
+class Budgeted(Protocol):
+    """A part that is to take at most so many bytes. It is asked before anything is trained."""
+
+    def check_budget(self) -> None:
+        """Raise a `RecipeError` that tells the least possible budget where this one cannot be met."""
+        ...
+
+
+@runtime_checkable
 class Lasting(Protocol):
     """An embedding whose decision outlives its weights: `rewind` and `reset` leave it as it is."""
 

@@ -54,6 +54,8 @@ NAMES = [
     "places",
     "predict",
     "pruned_bytes",
+    "pruned_table",
+    "require_room",
     "scale",
     "widen",
 ]

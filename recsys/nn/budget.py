@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import floor
 
 import torch
 from torch import Tensor
@@ -30,6 +31,27 @@ def pruned_bytes(schema: EncodedSchema, dim: int, selection: Selection) -> int:
     masks = element_masks(layout, dim, selection)
     around = rows_times_dims(layout, masks)
     return element_bytes(layout, masks) if around is None else compact_bytes(layout, dim, around)
+
+
+def require_room(schema: EncodedSchema, dim: int, budget: float) -> None:
+    """Refuse a budget into which not even an empty pruned table fits; for `contracts.Budgeted`.
+
+    Args:
+        schema: of the inputs.
+        dim: embedding dimension D.
+        budget: share of the bytes of the whole table.
+
+    Raises:
+        RecipeError: what says where each column finds its part takes more by itself.
+    """
+    whole = 4 * sum(Layout.of(schema).rows) * dim
+    least = pruned_bytes(schema, dim, Selection(()))
+    if least > budget * whole:
+        raise RecipeError(
+            f"model.embedding.budget: {budget:g} is {floor(budget * whole):,} bytes of the full table's {whole:,}; "
+            f"constants alone take {least:,}: the least possible budget is {least / whole:.3g}",
+            path=("model", "embedding", "budget"),
+        )
 
 
 def keep_within(schema: EncodedSchema, dim: int, scores: Tensor, budget: float) -> Selection:

@@ -233,6 +233,17 @@ class Model(nn.Module):
         """The parts that may have a target for a fit stage to reach."""
         return [part for part in self._parts() if isinstance(part, contracts.Targeted)]
 
+    def check_budgets(self) -> None:
+        """Raise a `RecipeError` where a part cannot keep to its budget."""
+        for part in self._parts():
+            if isinstance(part, contracts.Budgeted):
+                part.check_budget()
+
+    @property
+    def decides(self) -> bool:
+        """Whether a part chooses what to leave out."""
+        return isinstance(self.embedding, contracts.Deciding) or not isinstance(self.selector, KeepAll)
+
     def kept(self) -> Selection:
         """What the selector keeps, and the embedding, where it decides."""
         chosen = self.selector.kept()

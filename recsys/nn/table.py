@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.contracts import EncodedSchema, Fields, Selection
-from recsys.nn.compact import CompactTable, drops_nothing
+from recsys.nn.compact import CompactTable, RowSource, drops_nothing
 from recsys.nn.layout import Column, Guard, Layout, scale
 from recsys.nn.sparse import ElementTable, compact
 
@@ -79,6 +79,25 @@ class Table(nn.Module):
     def export_tables(self) -> Mapping[str, Tensor]:
         """`weight [N, D]`."""
         return {"weight": self.weight.detach()}
+
+
+def pruned_table(schema: EncodedSchema, source: RowSource, selection: Selection) -> Table | CompactTable | ElementTable:
+    """Return the smallest table with the rows of `source` and zeros for what `selection` drops; whole if it drops none.
+
+    Args:
+        schema: of the inputs.
+        source: whose rows are copied.
+        selection: what is kept.
+    """
+    layout, dim = source.layout, source.fields.dim
+    if not drops_nothing(layout, dim, selection):
+        return compact(schema, source, selection)
+    device = source.read(0, torch.zeros(0, dtype=torch.int64)).device
+    rows = torch.cat([source.read(v, torch.arange(size, device=device)) for v, size in enumerate(layout.rows)])
+    with torch.random.fork_rng(devices=[]):
+        whole = Table(schema, dim=dim).to(device)
+    whole.weight = nn.Parameter(rows)
+    return whole
 
 
 class Reader(nn.Module):

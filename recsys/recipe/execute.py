@@ -23,7 +23,7 @@ from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
 from recsys.data.prepare import Prepared
-from recsys.errors import RecsysError, RunError, listing
+from recsys.errors import RecipeError, RecsysError, RunError, listing
 from recsys.plugin.registry import Registry
 from recsys.recipe import reader
 from recsys.recipe.build import (
@@ -40,7 +40,7 @@ from recsys.train import distributed
 from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
-from recsys.train.stages import check_order
+from recsys.train.stages import Prune, check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -264,6 +264,14 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
         stage = registry.get("stage", checked.name).component.factory(**checked.options)
         stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
     check_order(stages)
+    pruned = any(isinstance(stage, Prune) for _, stage in stages)
+    if pruned and not run.state["stages"]:
+        try:
+            run.model.check_budgets()
+        except RecipeError as error:
+            raise recipe.located(error) from error
+    if run.model.decides and not pruned:
+        run.say("[yellow]warning: the model chooses what to leave out, but no stage `prune` removes it[/yellow]")
     for label, stage in stages:
         if label in run.state["stages"]:
             run.say(f"{label}: done before")

@@ -88,3 +88,20 @@ def test_what_was_altered_is_refused(recsys, tmp_path, capsys):
 
     assert "altered after the model was exported" in refused(other_vocabulary)
     assert "missing; it was there when the model was exported" in refused(lambda c: (c / "metrics.json").unlink())
+
+
+@pytest.mark.parametrize("embedding", ["frequency", "magnitude", "dnis", "pep"])
+def test_a_budget_that_cannot_be_met_is_refused_before_training(recsys, tmp_path, embedding):
+    option = f"model.embedding={{use: {embedding}, dim: 4, budget: 0.0001}}"
+    with pytest.raises(
+        SystemExit, match=r"model.embedding.budget: 0.0001 is 0 bytes .* least possible budget is 0.0\d+"
+    ):
+        recsys("train", "quickstart", SMALL[0], option, PRUNED["frequency"], "--out", tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*-fit")), "nothing was trained"
+
+
+def test_a_choice_that_nothing_removes_is_told(recsys, tmp_path):
+    told = recsys(
+        "train", "quickstart", SMALL[0], "model.embedding={use: magnitude, dim: 4}", "--out", tmp_path / "run"
+    )
+    assert "no stage `prune` removes it" in told

@@ -10,7 +10,7 @@ from test_sparse import selections
 
 from recsys.contracts import EncodedSchema, Field, Selection
 from recsys.errors import RecipeError
-from recsys.nn.budget import keep_within, pruned_bytes
+from recsys.nn.budget import keep_within, pruned_bytes, require_room
 from recsys.nn.compact import CompactTable
 from recsys.nn.selection import both
 from recsys.nn.sparse import ElementTable
@@ -116,3 +116,18 @@ def test_a_budget_that_nothing_meets_and_scores_that_are_none():
         keep_within(SCHEMA, DIM, torch.ones(29), 0.01)
     with pytest.raises(RecipeError, match="NaN"):
         keep_within(SCHEMA, DIM, torch.full((29,), torch.nan), 0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9), st.floats(0.01, 1.0))
+def test_a_budget_has_room_or_is_refused_with_the_least_possible_one(a, b, dim, budget):
+    schema = EncodedSchema((Field("a", a), Field("b", b)))
+    whole = 4 * (a + b) * dim
+    empty = Table(schema, dim=dim).prune(Selection(()))
+    least = sum(t.nbytes for t in empty.export_tables().values())
+    if least <= budget * whole:
+        require_room(schema, dim, budget)
+        return
+    with pytest.raises(RecipeError, match=rf"constants alone take {least:,}: the least possible budget is (\S+)") as e:
+        require_room(schema, dim, budget)
+    assert float(str(e.value).split()[-1]) == pytest.approx(least / whole, rel=0.01)
