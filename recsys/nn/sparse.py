@@ -16,9 +16,10 @@ from recsys.nn.reorder import Orders, Reordered, kept_first, moved
 class ElementTable(nn.Module):
     """Kept numbers of kept rows, each row with D bits that say which.
 
-    The numbers stand in one flat parameter, row after row. A row has ⌈D/8⌉ bytes of bits and the place of its first
-    number; the k-th coordinate stands at that place plus the number of bits before k. Rows without any number are not
-    stored. Outputs are `[B, F, D]` as before, with exact zeros where something is gone.
+    The numbers stand in one flat parameter, row after row. A row has ⌈D/8⌉ bytes of bits, and the place of its first
+    number counted from that of the first of R rows, in a byte or two; R rows share a place in full. The k-th coordinate
+    stands at the row's place plus the number of bits before k. Rows without any number are not stored. Outputs are
+    `[B, F, D]` as before, with exact zeros where something is gone.
 
     Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps.
     """
@@ -33,12 +34,14 @@ class ElementTable(nn.Module):
         unions = [_union(columns, self.kept, v, size) for v, size in enumerate(self.layout.rows)]
         self.flat = nn.Parameter(_numbers(source, unions))
         self.bits: Tensor
-        self.start: Tensor
+        self.near: Tensor
+        self.far: Tensor
         self.slots: Tensor
         bits, start, base, own = _rows(columns, self.kept, unions, self.layout.rows)
+        near, far = _places(start, self.fields.dim)
         around = [(m.any(1), m.any().expand(self.fields.dim)) for m in self.kept]
         found, limits, where = slot_maps(columns, around, self.layout.rows)
-        for name, tensor in {"bits": bits, "start": start, "slots": found}.items():
+        for name, tensor in {"bits": bits, "near": near, "far": far, "slots": found}.items():
             self.register_buffer(name, tensor, persistent=False)
         parts = list(zip(columns, base, own, where, limits, strict=True))
         count = len(self.layout.fields)
@@ -57,13 +60,13 @@ class ElementTable(nn.Module):
         """
         if values is None and self.schema.has_numeric:
             raise ValueError("the schema has numeric fields: the table needs their values")
-        e, safe = self.reader(ids, self.flat, self.bits, self.start, self.slots)
+        e, safe = self.reader(ids, self.flat, self.bits, (self.near, self.far), self.slots)
         return scale(e, safe, values)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""
         reader = self.readers[self.groups.index(group)]
-        e: Tensor = reader(ids, self.flat, self.bits, self.start, self.slots)[0]
+        e: Tensor = reader(ids, self.flat, self.bits, (self.near, self.far), self.slots)[0]
         return e
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
@@ -95,7 +98,8 @@ class ElementTable(nn.Module):
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The numbers, bits and places of the rows, the id maps, and where each column finds its part."""
-        tables = {"flat": self.flat.detach(), "bits": self.bits, "start": self.start, "slots": self.slots}
+        tables = {"flat": self.flat.detach(), "bits": self.bits, "near": self.near, "far": self.far}
+        tables["slots"] = self.slots
         names = ("fields", *(f"history.{g}" for g in self.groups))
         for name, reader in zip(names, (self.reader, *self.readers), strict=True):
             tables |= {f"{name}.{k}": v for k, v in reader.named_buffers(recurse=False)}
@@ -111,19 +115,24 @@ class ElementReader(nn.Module):
         self.slots = Slots(columns, where, limits)
         self.dim = dim
         self.same = base == own
+        self.together = _together(dim)[0]
         self.base: Tensor
         self.own: Tensor
         self.register_buffer("base", torch.tensor(base, dtype=torch.int64), persistent=False)
         self.register_buffer("own", torch.tensor(own, dtype=torch.int64), persistent=False)
 
-    def forward(self, ids: Tensor, flat: Tensor, bits: Tensor, start: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, flat: Tensor, bits: Tensor, places: tuple[Tensor, Tensor], slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`[..., C] -> e [..., C, D], guarded ids [..., C]`."""
         slot, safe = self.slots(ids, slots)
         gone = slot < 0
         row = torch.where(gone, 0, self.base + slot)  # [..., C]; row 0 has no number
         stored = self._unpack(bits, row)  # [..., C, D]
-        first = start.index_select(0, row.flatten()).view(row.shape).long().unsqueeze(-1)
-        place = first + stored.cumsum(-1) - 1
+        near, far = (
+            t.index_select(0, r.flatten()).long() for t, r in zip(places, (row, row // self.together), strict=True)
+        )
+        place = (near + far).view(row.shape).unsqueeze(-1) + stored.cumsum(-1) - 1
         shown = stored if self.same else self._unpack(bits, torch.where(gone, 0, self.own + slot))
         numbers = flat.index_select(0, torch.where(shown.bool(), place, 0).flatten()).view(place.shape)
         return torch.where(shown.bool(), numbers, 0.0), safe
@@ -163,7 +172,8 @@ def rows_times_dims(layout: Layout, masks: Sequence[Tensor]) -> list[tuple[Tenso
     unions = [_union(columns, masks, v, size) for v, size in enumerate(sizes)]
     dim = masks[0].shape[1]
     hull = sum(4 * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
-    single = sum(4 * int(u.sum()) + int(u.any(1).sum()) * (-(-dim // 8) + 4) for u in unions)
+    rows = sum(int(u.any(1).sum()) for u in unions)
+    single = 4 * sum(int(u.sum()) for u in unions) + rows * -(-dim // 8) + _place_bytes(rows, dim)
     # Zeros of the block itself are what a column sees within its rows × dimensions; other gaps need bits.
     told = all(
         torch.equal(unions[c.vocabulary][: c.rows] & m.any(1, keepdim=True) & m.any(0), m)
@@ -181,7 +191,7 @@ def element_bytes(layout: Layout, masks: Sequence[Tensor]) -> int:
     own = sum(rows[c.vocabulary] for c, m in zip(columns, masks, strict=True) if _has_own_bits(m, unions[c.vocabulary]))
     kept = [(m.any(1), m.any().expand(dim)) for m in masks]
     bits = (1 + sum(rows) + own) * -(-dim // 8)
-    places = (1 + sum(rows)) * _place_type(numbers).itemsize + (8 + 8) * len(columns)
+    places = _place_bytes(1 + sum(rows), dim, far=_place_type(numbers)) + (8 + 8) * len(columns)
     return 4 * numbers + bits + places + slot_bytes(columns, kept, layout.rows)
 
 
@@ -223,7 +233,7 @@ def _numbers(source: RowSource, unions: Sequence[Tensor]) -> Tensor:
 def _rows(
     columns: Sequence[Column], masks: Sequence[Tensor], unions: Sequence[Tensor], sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """Bits `[N', ⌈D/8⌉]` and first places `[N]` of the stored rows; each column's first row there, and of its own bits.
+    """Bits `[N', ⌈D/8⌉]`, first places `[N]` of the stored rows; each column's first row there, and of its own bits.
 
     Row 0 has no number. A column that keeps less than its block stores has bits of its own, after those of the blocks.
     """
@@ -244,7 +254,32 @@ def _rows(
         whole[: c.rows] = mask
         extra.append(whole[union.any(1)])
         length += len(extra[-1])
-    return _pack_bits(torch.cat([*stored, *extra])), start.to(_place_type(1 + int(counts.sum()))), base, own
+    return _pack_bits(torch.cat([*stored, *extra])), start, base, own
+
+
+def _together(dim: int) -> tuple[int, torch.dtype]:
+    """How many rows R share a place in full, a power of two, and the type that counts from there: the fewest bytes."""
+
+    def most(kind: torch.dtype) -> int:
+        return 1 << (torch.iinfo(kind).max // dim + 1).bit_length() - 1
+
+    sizes = {kind: kind.itemsize + 4 / most(kind) for kind in (torch.uint8, torch.int16)}
+    kind = min(sizes, key=lambda kind: sizes[kind])
+    return most(kind), kind
+
+
+def _places(start: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """First places `[N]` as `near [N]`, counted from `far [⌈N/R⌉]`."""
+    together, kind = _together(dim)
+    far = start[::together]
+    near = start - far.repeat_interleave(together)[: len(start)]
+    return near.to(kind), far.to(_place_type(int(start[-1]) + dim))
+
+
+def _place_bytes(rows: int, dim: int, far: torch.dtype = torch.int32) -> int:
+    """Bytes of the places of so many rows."""
+    together, kind = _together(dim)
+    return rows * kind.itemsize + -(-rows // together) * far.itemsize
 
 
 def _has_own_bits(mask: Tensor, union: Tensor) -> bool:

@@ -10,7 +10,7 @@ from recsys.contracts import EncodedSchema, Field, Selection
 from recsys.errors import DataError
 from recsys.nn.compact import CompactTable
 from recsys.nn.selection import load_selection, save_selection
-from recsys.nn.sparse import ElementTable, compact
+from recsys.nn.sparse import ElementTable, _place_bytes, _places, _together, compact
 from recsys.nn.table import Table
 
 
@@ -79,10 +79,22 @@ def test_bytes_are_numbers_bits_and_places(seed, share, dim):
     numbers = sum(int(k.sum()) for k in keep.values())
     rows = sum(int(k.any(1).sum()) for k in keep.values())
     hull = 4 * sum(int(k.any(1).sum()) * int(k.any(0).sum()) for k in keep.values())
-    single = 4 * numbers + rows * (-(-dim // 8) + 4)
+    single = 4 * numbers + rows * (-(-dim // 8) + 1) + 4 * -(-rows // {3: 64, 8: 32, 17: 16}[dim])
     assert isinstance(small, ElementTable) == (single < hull)
     assert size(small) <= min(single, hull) + 400
     assert small.flat.numel() == (1 + numbers if single < hull else dim + hull // 4)
+
+
+@pytest.mark.parametrize("dim", [1, 10, 16, 17, 64, 65, 300, 40_000])
+def test_places_are_found_again_whatever_the_dimension(dim):
+    counts = torch.randint(0, dim + 1, (500,), generator=torch.Generator().manual_seed(dim))
+    counts[::3] = dim
+    start = 1 + counts.cumsum(0) - counts
+    near, far = _places(start, dim)
+    together = _together(dim)[0]
+    assert together & (together - 1) == 0
+    assert torch.equal(near.long() + far.long()[torch.arange(500) // together], start)
+    assert near.nbytes + far.nbytes == _place_bytes(500, dim) <= 4 * 500 + 1000
 
 
 def test_a_mask_that_is_rows_times_dimensions_takes_no_bits():
