@@ -15,6 +15,7 @@ from recsys.api import (
     EncodedSchema,
     RecipeError,
     Selection,
+    Stored,
     Table,
     hookimpl,
     keep_within,
@@ -54,7 +55,8 @@ class DNIS(Table):
             count, at least one. block: each coordinate chooses for how many of the most frequent blocks it counts, at
             least one.
         l1: weight of the sum of the gates in what the search makes small.
-        budget: bytes of the pruned table, as a share of those of the whole one.
+        budget: bytes of the pruned table, as a share of those of the whole one in float32; with the stage `quantize`,
+            numbers count as they are stored in the end.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class DNIS(Table):
         budget: PositiveFloat = 0.25,
     ) -> None:
         super().__init__(schema, dim=dim, init_std=init_std)
+        self.stored: Stored = "float32"
         self.blocks, self.space, self.l1, self.budget = blocks, space, l1, budget
         shape = {"free": (blocks, dim), "prefix": (blocks, 1), "block": (1, dim)}[space]
         self.top = {"free": 1.0, "prefix": float(dim), "block": float(blocks)}[space]
@@ -127,9 +130,10 @@ class DNIS(Table):
         block = self.block[rows + self.layout.offsets[vocabulary]].int()
         return super().read(vocabulary, rows) * self.gates().detach().index_select(0, block)
 
-    def check_budget(self) -> None:
-        """Raise a `RecipeError` where even an empty table takes more than the budget."""
-        require_room(self.schema, self.fields.dim, self.budget)
+    def check_budget(self, stored: Stored) -> None:
+        """Count numbers as they are stored in the end; refuse what even an empty table does not fit into."""
+        self.stored = stored
+        require_room(self.schema, self.fields.dim, self.budget, stored)
 
     def kept(self) -> Selection:
         """The largest numbers behind the gates that fit into the budget; what a gate shuts off is never kept.
@@ -141,7 +145,7 @@ class DNIS(Table):
         with torch.no_grad():
             gate = self.gates().index_select(0, self.block.int())
             size = torch.where(gate > 0, (self.weight * gate).abs(), -torch.inf)
-        return keep_within(self.schema, self.fields.dim, size, self.budget)
+        return keep_within(self.schema, self.fields.dim, size, self.budget, self.stored)
 
     def prune(self, selection: Selection) -> Any:
         """Return the smaller table, of vectors that have passed the gates."""

@@ -9,7 +9,17 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from recsys.api import Component, EncodedSchema, RecipeError, Selection, Table, hookimpl, keep_within, require_room
+from recsys.api import (
+    Component,
+    EncodedSchema,
+    RecipeError,
+    Selection,
+    Stored,
+    Table,
+    hookimpl,
+    keep_within,
+    require_room,
+)
 
 BASE = 0.99
 """Of the schedule's exponential."""
@@ -31,7 +41,8 @@ class MagnitudeTable(Table):
     Args:
         dim: embedding dimension D.
         init_std: standard deviation of the normal initialisation.
-        budget: bytes of the pruned table, as a share of those of the whole one.
+        budget: bytes of the pruned table, as a share of those of the whole one in float32; with the stage `quantize`,
+            numbers count as they are stored in the end.
         every: steps between two zeroings while training; 0 zeroes nothing before `prune`.
         rate: share of zeros that the schedule approaches.
         scale: steps in which the schedule goes 1% of the way that is left.
@@ -49,6 +60,7 @@ class MagnitudeTable(Table):
         scale: PositiveFloat = 100.0,
     ) -> None:
         super().__init__(schema, dim=dim, init_std=init_std)
+        self.stored: Stored = "float32"
         self.budget, self.every, self.rate, self.scale = budget, every, rate, scale
         self.step = 0
 
@@ -67,13 +79,14 @@ class MagnitudeTable(Table):
                 size = self.weight.abs()
                 self.weight.masked_fill_(size <= size.flatten().kthvalue(count).values, 0.0)
 
-    def check_budget(self) -> None:
-        """Raise a `RecipeError` where even an empty table takes more than the budget."""
-        require_room(self.schema, self.fields.dim, self.budget)
+    def check_budget(self, stored: Stored) -> None:
+        """Count numbers as they are stored in the end; refuse what even an empty table does not fit into."""
+        self.stored = stored
+        require_room(self.schema, self.fields.dim, self.budget, stored)
 
     def kept(self) -> Selection:
         """The largest numbers that fit into the budget."""
-        return keep_within(self.schema, self.fields.dim, self.weight.abs(), self.budget)
+        return keep_within(self.schema, self.fields.dim, self.weight.abs(), self.budget, self.stored)
 
     def get_extra_state(self) -> Tensor:
         """The number of steps, `[]`: kept by the host, which would else wait for a GPU in every step."""
@@ -94,7 +107,8 @@ class FrequencyTable(Table):
     Args:
         dim: embedding dimension D.
         init_std: standard deviation of the normal initialisation.
-        budget: bytes of the pruned table, as a share of those of the whole one.
+        budget: bytes of the pruned table, as a share of those of the whole one in float32; with the stage `quantize`,
+            numbers count as they are stored in the end.
     """
 
     def __init__(
@@ -106,6 +120,7 @@ class FrequencyTable(Table):
         budget: PositiveFloat = 0.25,
     ) -> None:
         super().__init__(schema, dim=dim, init_std=init_std)
+        self.stored: Stored = "float32"
         self.budget = budget
         self.count: Tensor
         self.register_buffer("count", torch.zeros(self.weight.shape[0], dtype=torch.int64))
@@ -116,9 +131,10 @@ class FrequencyTable(Table):
             first = self.layout.offsets[column.vocabulary]
             self.count[first : first + column.rows] = counts[column.name].to(self.count.device)
 
-    def check_budget(self) -> None:
-        """Raise a `RecipeError` where even an empty table takes more than the budget."""
-        require_room(self.schema, self.fields.dim, self.budget)
+    def check_budget(self, stored: Stored) -> None:
+        """Count numbers as they are stored in the end; refuse what even an empty table does not fit into."""
+        self.stored = stored
+        require_room(self.schema, self.fields.dim, self.budget, stored)
 
     def kept(self) -> Selection:
         """The most frequent rows that fit into the budget.
@@ -128,7 +144,7 @@ class FrequencyTable(Table):
         """
         if not bool(self.count.any()):
             raise RecipeError("embedding frequency: put {use: count_rows} before prune")
-        return keep_within(self.schema, self.fields.dim, self.count, self.budget)
+        return keep_within(self.schema, self.fields.dim, self.count, self.budget, self.stored)
 
 
 @hookimpl

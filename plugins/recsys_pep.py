@@ -15,6 +15,7 @@ from recsys.api import (
     EncodedSchema,
     Run,
     Selection,
+    Stored,
     Table,
     hookimpl,
     keep_within,
@@ -72,6 +73,7 @@ class PEP(Table):
         n = self.weight.shape[0]
         shape = {"global": (1, 1), "dim": (1, dim), "feature": (n, 1), "feature_dim": (n, dim)}[granularity]
         self.per_row = granularity.startswith("feature")
+        self.stored: Stored = "float32"
         self.speed, self.budget = threshold_speed, budget
         self.s = nn.Parameter(torch.full(shape, threshold_init / threshold_speed))  # s / speed
         self.mask: Tensor | None
@@ -106,7 +108,9 @@ class PEP(Table):
         mask = size > 0
         if self.budget is None or self.size(mask) <= self.limit:
             return mask
-        largest = keep_within(self.schema, self.fields.dim, torch.where(mask, size, -torch.inf), self.budget)
+        largest = keep_within(
+            self.schema, self.fields.dim, torch.where(mask, size, -torch.inf), self.budget, self.stored
+        )
         for c in self.layout.columns:
             first = self.layout.offsets[c.vocabulary]
             mask[first : first + c.rows] = largest.elements[c.name].to(mask.device)
@@ -119,7 +123,7 @@ class PEP(Table):
 
     def size(self, mask: Tensor) -> int:
         """Bytes of the pruned table that keeps `mask`."""
-        return pruned_bytes(self.schema, self.fields.dim, self._selection(mask))
+        return pruned_bytes(self.schema, self.fields.dim, self._selection(mask), self.stored)
 
     def reached(self) -> bool | None:
         """Whether what is left fits into the budget; None if there is none, or once it is decided."""
@@ -140,10 +144,11 @@ class PEP(Table):
         self.mask = state.bool().to(self.weight.device) if len(state) else None
         self.s.requires_grad_(self.mask is None)
 
-    def check_budget(self) -> None:
-        """Raise a `RecipeError` where even an empty table takes more than the budget."""
+    def check_budget(self, stored: Stored) -> None:
+        """Count numbers as they are stored in the end; refuse what even an empty table does not fit into."""
+        self.stored = stored
         if self.budget is not None:
-            require_room(self.schema, self.fields.dim, self.budget)
+            require_room(self.schema, self.fields.dim, self.budget, stored)
 
     def kept(self) -> Selection:
         """The numbers that are left, of every column."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from recsys.nn.layout import Column, Guard, Layout, scale
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
+    from recsys.nn.quantize import QuantizedTable, Stored, quantized
     from recsys.nn.sparse import compact
     from recsys.nn.table import Table, pruned_table
     from recsys.train.guard import Buffers
@@ -68,12 +69,14 @@ __all__ = [
     "MLPBlock",
     "Named",
     "Predictions",
+    "QuantizedTable",
     "Rank",
     "RecipeError",
     "RecsysError",
     "Run",
     "Selection",
     "Share",
+    "Stored",
     "Table",
     "TrainBatches",
     "bar",
@@ -93,6 +96,7 @@ __all__ = [
     "predict",
     "pruned_bytes",
     "pruned_table",
+    "quantized",
     "require_room",
     "scale",
     "widen",
@@ -130,6 +134,9 @@ _LAZY = {
     "predict": "recsys.train.score",
     "pruned_bytes": "recsys.nn.budget",
     "pruned_table": "recsys.nn.table",
+    "QuantizedTable": "recsys.nn.quantize",
+    "Stored": "recsys.nn.quantize",
+    "quantized": "recsys.nn.quantize",
     "require_room": "recsys.nn.budget",
     "scale": "recsys.nn.layout",
     "widen": "recsys.nn.kept",

@@ -234,8 +234,23 @@ class Deciding(Protocol):
 class Budgeted(Protocol):
     """A part that is to take at most so many bytes. It is asked before anything is trained."""
 
-    def check_budget(self) -> None:
-        """Raise a `RecipeError` that tells the least possible budget where this one cannot be met."""
+    def check_budget(self, stored: str) -> None:
+        """Take note of how a number will be stored, and raise a `RecipeError` where the budget cannot be met.
+
+        The error tells the least possible budget.
+
+        Args:
+            stored: float32, or what the recipe's stage `quantize` stores numbers as.
+        """
+        ...
+
+
+@runtime_checkable
+class Quantizable(Protocol):
+    """An embedding that can store its numbers in fewer bits. Tables of the core need not say so."""
+
+    def quantized(self, stored: str) -> Embedding:
+        """Return the embedding with its numbers stored as float16 or int8; it need not learn any more."""
         ...
 
 

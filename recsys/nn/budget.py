@@ -12,40 +12,46 @@ from recsys.contracts import EncodedSchema, Selection
 from recsys.errors import RecipeError
 from recsys.nn.compact import compact_bytes, drops_nothing, element_masks, keep_masks
 from recsys.nn.layout import Layout
+from recsys.nn.quantize import NUMBER_BYTES, Stored, step_bytes
 from recsys.nn.sparse import element_bytes, rows_times_dims
 
 
-def pruned_bytes(schema: EncodedSchema, dim: int, selection: Selection) -> int:
+def pruned_bytes(schema: EncodedSchema, dim: int, selection: Selection, stored: Stored = "float32") -> int:
     """Return the bytes of all tensors that `Table(schema, dim=dim).prune(selection)` exports.
 
     Args:
         schema: of the inputs.
         dim: embedding dimension D.
         selection: what is kept.
+        stored: how the stage `quantize` stores numbers afterwards; without one, float32.
     """
-    layout = Layout.of(schema)
-    if drops_nothing(layout, dim, selection):
+    layout, number = Layout.of(schema), NUMBER_BYTES[stored]
+    steps = step_bytes(layout, stored)
+    if stored == "float32" and drops_nothing(layout, dim, selection):
         return 4 * sum(layout.rows) * dim
-    if not selection.elements:
-        return compact_bytes(layout, dim, keep_masks(layout, dim, selection))
+    if not selection.elements or drops_nothing(layout, dim, selection):
+        return steps + compact_bytes(layout, dim, keep_masks(layout, dim, selection), number)
     masks = element_masks(layout, dim, selection)
     around = rows_times_dims(layout, masks)
-    return element_bytes(layout, masks) if around is None else compact_bytes(layout, dim, around)
+    if around is None:
+        return steps + element_bytes(layout, masks, number)
+    return steps + compact_bytes(layout, dim, around, number)
 
 
-def require_room(schema: EncodedSchema, dim: int, budget: float) -> None:
+def require_room(schema: EncodedSchema, dim: int, budget: float, stored: Stored = "float32") -> None:
     """Refuse a budget into which not even an empty pruned table fits; for `contracts.Budgeted`.
 
     Args:
         schema: of the inputs.
         dim: embedding dimension D.
         budget: share of the bytes of the whole table.
+        stored: how numbers are stored in the end.
 
     Raises:
         RecipeError: what says where each column finds its part takes more by itself.
     """
     whole = 4 * sum(Layout.of(schema).rows) * dim
-    least = pruned_bytes(schema, dim, Selection(()))
+    least = pruned_bytes(schema, dim, Selection(()), stored)
     if least > budget * whole:
         raise RecipeError(
             f"model.embedding.budget: {budget:g} is {floor(budget * whole):,} bytes of the full table's {whole:,}; "
@@ -54,7 +60,9 @@ def require_room(schema: EncodedSchema, dim: int, budget: float) -> None:
         )
 
 
-def keep_within(schema: EncodedSchema, dim: int, scores: Tensor, budget: float) -> Selection:
+def keep_within(
+    schema: EncodedSchema, dim: int, scores: Tensor, budget: float, stored: Stored = "float32"
+) -> Selection:
     """Return the selection of the highest scores whose pruned table takes at most `budget` · 4·N·D bytes.
 
     With the next highest score it would take more. The scores are those of the rows of the fused table, a block for
@@ -64,7 +72,8 @@ def keep_within(schema: EncodedSchema, dim: int, scores: Tensor, budget: float) 
         schema: of the inputs.
         dim: embedding dimension D.
         scores: `[N]` to keep whole rows, or `[N, D]` to keep single numbers.
-        budget: share of the bytes of the whole table.
+        budget: share of the bytes of the whole table of float32.
+        stored: how the stage `quantize` stores numbers afterwards; without one, float32.
 
     Raises:
         RecipeError: not even an empty table takes so little, or a score is NaN.
@@ -77,7 +86,7 @@ def keep_within(schema: EncodedSchema, dim: int, scores: Tensor, budget: float) 
     most = budget * 4 * sum(layout.rows) * dim
 
     def fits(mask: Tensor) -> bool:
-        return pruned_bytes(schema, dim, _selection(layout, mask)) <= most
+        return pruned_bytes(schema, dim, _selection(layout, mask), stored) <= most
 
     dropped = scores == -torch.inf
     if fits(~dropped):

@@ -48,7 +48,7 @@ class CompactTable(nn.Module):
             kept = [(r & old_r, d & old_d) for (r, d), (old_r, old_d) in zip(kept, source.kept, strict=True)]
         self.kept: list[tuple[Tensor, Tensor]] = kept
         blocks, flat = _pack(source, columns, kept, self.fields.dim)
-        self.flat = nn.Parameter(flat)
+        self.flat = nn.Parameter(flat, requires_grad=flat.is_floating_point())
         slots, limits, where = slot_maps(columns, kept, self.layout.rows)
         self.slots: Tensor
         self.register_buffer("slots", slots, persistent=False)
@@ -73,13 +73,18 @@ class CompactTable(nn.Module):
         """
         if values is None and self.schema.has_numeric:
             raise ValueError("the schema has numeric fields: the table needs their values")
-        e, safe = self.reader(ids, self.flat, self.slots)
+        e, safe = self.look_up(ids)
         return scale(e, safe, values)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""
-        e: Tensor = self.readers[self.groups.index(group)](ids, self.flat, self.slots)[0]
-        return e
+        return self.look_up(ids, group)[0]
+
+    def look_up(self, ids: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
+        """What is stored for ids of the fields, or of a history, `[..., C] -> [..., C, D]`, and the guarded ids."""
+        reader = self.reader if group is None else self.readers[self.groups.index(group)]
+        e, safe = reader(ids, self.flat, self.slots)
+        return e, safe
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
         """Rows of one vocabulary block, `[n] -> [n, D]`, zeros where nothing is stored."""
@@ -332,11 +337,11 @@ def slot_bytes(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> 
     return (1 + sum(len(rows) for rows, _ in needed)) * _narrowest(top).itemsize
 
 
-def compact_bytes(layout: Layout, dim: int, kept: Masks) -> int:
-    """Bytes of what a `CompactTable` of float32 exports."""
+def compact_bytes(layout: Layout, dim: int, kept: Masks, number: int = 4) -> int:
+    """Bytes of what a `CompactTable` exports when each of its numbers takes `number`."""
     numbers = dim
     for v, size in enumerate(layout.rows):
         rows, dims = _union(layout.columns, kept, v, size)
         numbers += int(rows.sum()) * int(dims.sum())
     places = (8 + 8 + 2 * dim) * len(layout.columns)  # first, width and position of every column
-    return 4 * numbers + places + slot_bytes(layout.columns, kept, layout.rows)
+    return number * numbers + places + slot_bytes(layout.columns, kept, layout.rows)

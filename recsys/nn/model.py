@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from recsys import contracts
 from recsys.contracts import Batch, EncodedSchema, Fields, Selection
 from recsys.errors import PluginError, RecipeError, listing
+from recsys.nn.compact import CompactTable
 from recsys.nn.head import Head
 from recsys.nn.layout import Layout
+from recsys.nn.quantize import Stored, quantized
 from recsys.nn.reorder import Orders, by_column
 from recsys.nn.selection import KeepAll, both
 from recsys.nn.sequence import MeanPool
+from recsys.nn.sparse import ElementTable
+from recsys.nn.table import Table
 
 Histories = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -233,11 +237,26 @@ class Model(nn.Module):
         """The parts that may have a target for a fit stage to reach."""
         return [part for part in self._parts() if isinstance(part, contracts.Targeted)]
 
-    def check_budgets(self) -> None:
-        """Raise a `RecipeError` where a part cannot keep to its budget."""
+    def quantized(self, stored: Stored) -> Model:
+        """Return a new model with the embedding's numbers in fewer bits; this one stays as it is.
+
+        Raises:
+            RecipeError: the selector has not been pruned away yet, or the embedding cannot do it.
+        """
+        e = self.embedding
+        if not isinstance(self.selector, KeepAll):
+            raise RecipeError("the selector still gates the numbers; put the stage `prune` before")
+        if isinstance(e, contracts.Quantizable):
+            return self._with(e.quantized(stored))
+        if isinstance(e, Table | CompactTable | ElementTable):
+            return self._with(quantized(self.schema, e, stored))
+        raise RecipeError(f"the embedding ({type(e).__name__}) has no numbers that could be stored as {stored}")
+
+    def check_budgets(self, stored: Stored) -> None:
+        """Raise a `RecipeError` where a part cannot keep to its budget with numbers that are stored so."""
         for part in self._parts():
             if isinstance(part, contracts.Budgeted):
-                part.check_budget()
+                part.check_budget(stored)
 
     @property
     def decides(self) -> bool:

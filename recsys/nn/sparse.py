@@ -32,7 +32,8 @@ class ElementTable(nn.Module):
             self.kept = [new & old for new, old in zip(self.kept, source.kept, strict=True)]
         columns = self.layout.columns
         unions = [_union(columns, self.kept, v, size) for v, size in enumerate(self.layout.rows)]
-        self.flat = nn.Parameter(_numbers(source, unions))
+        flat = _numbers(source, unions)
+        self.flat = nn.Parameter(flat, requires_grad=flat.is_floating_point())
         self.bits: Tensor
         self.near: Tensor
         self.far: Tensor
@@ -60,14 +61,18 @@ class ElementTable(nn.Module):
         """
         if values is None and self.schema.has_numeric:
             raise ValueError("the schema has numeric fields: the table needs their values")
-        e, safe = self.reader(ids, self.flat, self.bits, (self.near, self.far), self.slots)
+        e, safe = self.look_up(ids)
         return scale(e, safe, values)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""
-        reader = self.readers[self.groups.index(group)]
-        e: Tensor = reader(ids, self.flat, self.bits, (self.near, self.far), self.slots)[0]
-        return e
+        return self.look_up(ids, group)[0]
+
+    def look_up(self, ids: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
+        """What is stored for ids of the fields, or of a history, `[..., C] -> [..., C, D]`, and the guarded ids."""
+        reader = self.reader if group is None else self.readers[self.groups.index(group)]
+        e, safe = reader(ids, self.flat, self.bits, (self.near, self.far), self.slots)
+        return e, safe
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
         """Rows of one vocabulary block, `[n] -> [n, D]`, zeros where nothing is stored."""
@@ -182,8 +187,8 @@ def rows_times_dims(layout: Layout, masks: Sequence[Tensor]) -> list[tuple[Tenso
     return None if single < hull or not told else [(m.any(1), m.any(0)) for m in masks]
 
 
-def element_bytes(layout: Layout, masks: Sequence[Tensor]) -> int:
-    """Bytes of what an `ElementTable` of float32 exports."""
+def element_bytes(layout: Layout, masks: Sequence[Tensor], number: int = 4) -> int:
+    """Bytes of what an `ElementTable` exports when each of its numbers takes `number`."""
     columns, dim = layout.columns, masks[0].shape[1]
     unions = [_union(columns, masks, v, size) for v, size in enumerate(layout.rows)]
     rows = [int(u.any(1).sum()) for u in unions]
@@ -192,7 +197,7 @@ def element_bytes(layout: Layout, masks: Sequence[Tensor]) -> int:
     kept = [(m.any(1), m.any().expand(dim)) for m in masks]
     bits = (1 + sum(rows) + own) * -(-dim // 8)
     places = _place_bytes(1 + sum(rows), dim, far=_place_type(numbers)) + (8 + 8) * len(columns)
-    return 4 * numbers + bits + places + slot_bytes(columns, kept, layout.rows)
+    return number * numbers + bits + places + slot_bytes(columns, kept, layout.rows)
 
 
 class Masked:

@@ -11,7 +11,7 @@ from recsys.nn.table import Table
 from recsys.plugin.hooks import Component, hookimpl
 from recsys.train.losses import BCE
 from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
-from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Reset, Rewind
+from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Quantize, Reset, Rewind
 
 
 @hookimpl
@@ -38,6 +38,7 @@ def recsys_components() -> list[Component]:
         Component("stage", "rewind", Rewind),
         Component("stage", "reset", Reset),
         Component("stage", "prune", Prune),
+        Component("stage", "quantize", Quantize),
         Component("stage", "evaluate", Evaluate),
         Component("stage", "export", Export),
     ]

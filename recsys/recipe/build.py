@@ -266,9 +266,7 @@ def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[R
     document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
     recipe = check_document(document, registry, folder.name, folder)
     run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-    run.state["selections"] = sorted(
-        (path.name for path in folder.glob("selection-*.safetensors")), key=lambda name: (len(name), name)
-    )
+    run.state |= read_json(folder / "model.json")
     run.state["weights"] = "model.safetensors"
     restore_model(run)
     return recipe, run, {}

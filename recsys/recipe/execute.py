@@ -40,7 +40,7 @@ from recsys.train import distributed
 from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
-from recsys.train.stages import Prune, check_order
+from recsys.train.stages import Prune, Quantize, check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -265,9 +265,9 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
         stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
     check_order(stages)
     pruned = any(isinstance(stage, Prune) for _, stage in stages)
-    if pruned and not run.state["stages"]:
+    if pruned and not run.state["selections"]:
         try:
-            run.model.check_budgets()
+            run.model.check_budgets(next((stage.to for _, stage in stages if isinstance(stage, Quantize)), "float32"))
         except RecipeError as error:
             raise recipe.located(error) from error
     if run.model.decides and not pruned:

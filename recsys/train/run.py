@@ -17,6 +17,7 @@ from recsys.data.encode import Encoder
 from recsys.data.shards import Shards
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.nn.model import Model
+from recsys.nn.quantize import Stored
 from recsys.nn.selection import load_selection, save_selection
 from recsys.train.checkpoint import load_tensors, read_json, replacing, save_tensors, write_json
 from recsys.train.distributed import World, wait_for_all
@@ -83,7 +84,13 @@ class Run:
 
     def __post_init__(self) -> None:
         self.model = self.build_model(derive_seed(self.train.seed, "weights"))
-        self.state: dict[str, Any] = {"stages": [], "weights": None, "selections": [], "snapshots": {}}
+        self.state: dict[str, Any] = {
+            "stages": [],
+            "weights": None,
+            "selections": [],
+            "stored": "float32",
+            "snapshots": {},
+        }
 
     @property
     def schema(self) -> EncodedSchema:
@@ -161,6 +168,11 @@ class Run:
         self.state["selections"].append(f"{self.stage}/selection.safetensors")
         self.model = self.model.prune(selection)
 
+    def apply_quantization(self, stored: Stored) -> None:
+        """Store the numbers of the model's tables in fewer bits, and remember it."""
+        self.model = self.model.quantized(stored)
+        self.state["stored"] = stored
+
     def stage_done(self, stage: str) -> None:
         """Write down that a stage is complete, with all that the next one needs."""
         self.state["stages"].append(stage)
@@ -214,6 +226,8 @@ def restore_model(run: Run) -> None:
     """Give the run's model the structure and the weights that its folder recorded."""
     for name in run.state["selections"]:
         run.model = run.model.prune(load_selection(run.folder / name))
+    if run.state["stored"] != "float32":
+        run.model = run.model.quantized(run.state["stored"])
     if run.state["weights"] is not None:
         weights = load_tensors(run.folder / run.state["weights"])
         try:

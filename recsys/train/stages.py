@@ -22,7 +22,7 @@ from recsys.train.fit import Fit
 from recsys.train.run import Run, Spec, no_snapshot
 from recsys.train.score import measure, predict
 
-__all__ = ["CountRows", "Evaluate", "Export", "Fit", "Prune", "Reset", "Rewind", "check_order"]
+__all__ = ["CountRows", "Evaluate", "Export", "Fit", "Prune", "Quantize", "Reset", "Rewind", "check_order"]
 
 SELECTOR_PREFIX = "selector."
 
@@ -91,6 +91,39 @@ class Prune:
             write_json(run.stage_folder / "prune.json", {"bytes_before": before, "bytes_after": after})
         nothing = " (everything is kept)" if whole else ""
         run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
+
+
+class Quantize:
+    """Store the numbers of the embedding in fewer bits; stages after it see the rounded ones, which learn no more.
+
+    int8: whole numbers times a step for each vocabulary, the largest of its numbers divided by 127. The rest of the
+    model stays as it is, and can still be trained.
+
+    Args:
+        to: how numbers are stored.
+    """
+
+    name = "quantize"
+
+    def __init__(self, *, to: Literal["float16", "int8"] = "int8") -> None:
+        self.to = to
+
+    def run(self, run: Run) -> None:
+        """Replace the embedding of `run.model`.
+
+        Raises:
+            RecipeError: the embedding cannot do it, or has done it already.
+        """
+        before = run.model.bytes()
+        try:
+            run.apply_quantization(self.to)
+        except RecipeError as error:
+            raise RecipeError(f"{run.stage}: {error}") from error
+        run.keep_weights()
+        after = run.model.bytes()
+        if run.world.leads:
+            write_json(run.stage_folder / "quantize.json", {"bytes_before": before, "bytes_after": after})
+        run.say(f"{run.stage}: {before:,} → {after:,} bytes")
 
 
 class Evaluate:
@@ -169,6 +202,8 @@ class Export:
         encoder.save(folder / "encoder")
         save_tensors(folder / "model.safetensors", model.state_dict())
         write_json(folder / "recipe.json", run.recipe)
+        selections = sorted((p.name for p in folder.glob("selection-*")), key=lambda name: (len(name), name))
+        write_json(folder / "model.json", {"selections": selections, "stored": run.state["stored"]})
         write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
         for spec in self.exporters:
             (folder / _name(spec)).mkdir(parents=True, exist_ok=True)
@@ -194,18 +229,26 @@ def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
         stages: (label, stage) in order.
 
     Raises:
-        RecipeError: a rewind to a snapshot that no stage before it keeps, or a rewind or reset after a prune.
+        RecipeError: a rewind to a snapshot that no stage before it keeps; a rewind or reset after prune or quantize; a
+            prune after quantize.
     """
     kept: list[str] = []
-    pruned = other = False
+    pruned = quantized = other = False
     for label, stage in stages:
         if isinstance(stage, Fit):
             kept += [stage.name] if stage.snapshot_epoch is not None else []
         elif isinstance(stage, Prune):
             pruned = True
+            if quantized:
+                raise RecipeError(f"{label}: prune after quantize; put it before")
+        elif isinstance(stage, Quantize):
+            if quantized:
+                raise RecipeError(f"{label}: the numbers are stored in fewer bits already")
+            quantized = True
         elif isinstance(stage, Rewind | Reset):
-            if pruned:
-                raise RecipeError(f"{label}: {stage.name} after prune would undo the pruning; put it before")
+            if pruned or quantized:
+                undone = "prune would undo the pruning" if pruned else "quantize would undo the rounding"
+                raise RecipeError(f"{label}: {stage.name} after {undone}; put it before")
             if isinstance(stage, Rewind) and stage.to not in kept and not other:
                 raise RecipeError(f"{label}: {no_snapshot(stage.to, kept)}")
         elif not isinstance(stage, CountRows | Evaluate | Export):
