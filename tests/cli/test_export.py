@@ -1,14 +1,19 @@
 """What a run exports: the same scores from raw values, kept values first, and nothing that was altered."""
 
+import json
 import shutil
 from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from recsys.data.encode import Encoder
 from recsys.errors import RunError
+from recsys.plugin.registry import load_registry
+from recsys.recipe.build import load_trained
 
 SMALL = ("data.source.rows=4000", "train.threads=1", "train.epochs=1", "model.embedding.dim=4")
 PRUNED = {
@@ -51,11 +56,6 @@ def test_an_export_scores_raw_rows_as_its_run_does_and_maps_no_ids(recsys, tmp_p
         assert lookup.values.sort().equals(other.values.sort()), "the same values"
         moved += not lookup.values.equals(other.values)
     assert (moved > 0) == (embedding == "magnitude"), "by frequency they are in that order from the first"
-    from rich.console import Console
-
-    from recsys.plugin.registry import load_registry
-    from recsys.recipe.build import load_trained
-
     maps = [
         load_trained(folder, load_registry(), Console(quiet=True))[1].model.embedding.slots.numel()
         for folder in (run, run / "export")
@@ -66,6 +66,60 @@ def test_an_export_scores_raw_rows_as_its_run_does_and_maps_no_ids(recsys, tmp_p
     whole = sum(t.nbytes for n, t in load_file(run / fit / "model.safetensors").items() if n.startswith("embedding"))
     tables = load_file(run / "export" / "model.safetensors")
     assert sum(t.nbytes for name, t in tables.items() if name.startswith("embedding")) <= 0.3 * whole * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("to", ["float16", "int8"])
+@pytest.mark.parametrize("embedding", ["frequency", "magnitude", "table"])
+def test_numbers_in_fewer_bits_fill_the_same_budget_and_score_alike(recsys, tmp_path, embedding, to):
+    run, rows = tmp_path / "run", logs(tmp_path)
+    budget = "" if embedding == "table" else ", budget: 0.2"
+    stages = "{use: count_rows}, " if embedding == "frequency" else ""
+    prune = "" if embedding == "table" else "{use: prune}, "
+    recsys(
+        *("train", "quickstart", *SMALL[:3], f"model.embedding={{use: {embedding}, dim: 16{budget}}}"),
+        f"stages=[{stages}{{use: fit}}, {prune}{{use: quantize, to: {to}}}, {{use: evaluate}}, {{use: export}}]",
+        *("--out", run),
+    )
+    before = (run / "metrics.json").read_text()
+    for folder in (run, run / "export"):
+        recsys("predict", folder, "--data", rows, "--out", tmp_path / f"{folder.name}.parquet")
+    scores = [pl.read_parquet(tmp_path / f"{name}.parquet")["score"] for name in ("run", "export")]
+    assert scores[0].n_unique() > 100
+    assert scores[0].equals(scores[1])
+    whole = sum(
+        t.nbytes
+        for path in run.glob("*-fit/model.safetensors")
+        for n, t in load_file(path).items()
+        if n == "embedding.weight"
+    )
+    model = load_trained(run, load_registry(), Console(quiet=True))[1].model
+    small = sum(t.nbytes for t in model.embedding.export_tables().values())
+    assert model.embedding.table.flat.dtype == getattr(torch, to)
+    if embedding == "table":
+        assert small < {"float16": 0.5, "int8": 0.25}[to] * whole + 1000
+    else:
+        assert 0.17 * whole < small <= 0.2 * whole
+    told = json.loads(recsys("evaluate", run, "--json").strip().splitlines()[-1])["metrics"]
+    assert told == json.loads(before)["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("{use: fit}, {use: quantize}, {use: prune}", "3-prune: prune after quantize; put it before"),
+        ("{use: fit}, {use: quantize}, {use: quantize}", "3-quantize: the numbers are stored in fewer bits already"),
+        ("{use: fit}, {use: quantize}, {use: reset}", "3-reset: reset after quantize would undo the rounding"),
+    ],
+)
+def test_stages_that_undo_the_rounding_are_refused(recsys, tmp_path, stages, message):
+    with pytest.raises(SystemExit, match=message):
+        recsys("train", "quickstart", SMALL[0], f"stages=[{stages}]", "--out", tmp_path / "run")
+
+
+def test_an_embedding_without_numbers_of_its_own_says_so(recsys, tmp_path):
+    options = ("model.embedding={use: qr, dim: 4, collisions: 4}", "stages=[{use: quantize}]")
+    with pytest.raises(SystemExit, match=r"1-quantize: the embedding .* has no numbers that could be stored as int8"):
+        recsys("train", "quickstart", SMALL[0], *options, "--out", tmp_path / "run")
 
 
 def test_what_was_altered_is_refused(recsys, tmp_path, capsys):
