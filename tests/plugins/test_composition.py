@@ -2,28 +2,18 @@
 
 import pytest
 import torch
+from composition import EMBEDDINGS, INTERACTIONS, OPTIONS, REGISTRY
 
 from recsys.contracts import Counting, Deciding, EncodedSchema, Field, Selection
 from recsys.nn.head import Head
 from recsys.nn.model import Model
 from recsys.nn.optim import build_optimizer
 from recsys.nn.selection import KeepAll
-from recsys.plugin.registry import load_registry
 from recsys.testing import samples
 from recsys.train.losses import BCE
 
-REGISTRY = load_registry()
-EMBEDDINGS = REGISTRY.names("embedding")
-INTERACTIONS = REGISTRY.names("interaction")
 SCHEMA = EncodedSchema((Field("a", 90), Field("b", 60), Field("x", 2, numeric=True), Field("c", 30)))
 DIM = 8
-OPTIONS = {
-    "mde": {"alpha": 0.5},
-    "qr": {"collisions": 4},
-    "unified": {"rows": 64, "chunks": 2},
-    "pep": {"threshold_init": -3.0, "init_std": 0.3},
-}
-"""What an embedding cannot be built without, or would prune all of."""
 
 
 def build(embedding, interaction):
