@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from math import floor, log2
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -35,6 +35,8 @@ LARGEST = 1 << 40
 """A vocabulary of more ids than this was never counted; every id has a row here."""
 _COLUMN_BYTES = 48
 """What a column's constants take."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Width(nn.Module):
@@ -87,12 +89,12 @@ class Width(nn.Module):
             weight = self._look_up(rank.kept.to(device))
             if self.projection is None:
                 weight = self._cut_dims(weight, dims)
-                return Width(weight, None, rank, None, None if dims.all() else places(dims)).to(device)
+                return _on(Width(weight, None, rank, None, None if dims.all() else places(dims)), device)
             which = vocabularies.nonzero().squeeze(1).to(device)
             which = which if self.slot is None else self.slot.index_select(0, which)
             projection = self._cut_dims(self.projection.index_select(0, which), dims)
         slot = None if vocabularies.all() else places(vocabularies).clamp(max=len(which) - 1)
-        return Width(weight, projection, rank, slot, None if dims.all() else places(dims)).to(device)
+        return _on(Width(weight, projection, rank, slot, None if dims.all() else places(dims)), device)
 
     def _look_up(self, rows: Tensor) -> Tensor:
         """`[...] -> [..., w]`."""
@@ -102,7 +104,13 @@ class Width(nn.Module):
         return F.embedding(rows, self.weight)
 
     def _cut_dims(self, x: Tensor, dims: Tensor) -> Tensor:
-        return (x if self.place is None else widen(x, self.place))[..., dims.to(x.device)].contiguous()
+        wide = x if self.place is None else widen(x, self.place)
+        return wide.index_select(-1, dims.nonzero().squeeze(1).to(x.device))
+
+
+def _on(module: M, device: torch.device) -> M:
+    """The module on a device; one without weights as it is, for its constants have values."""
+    return module if device.type == "meta" else module.to(device)
 
 
 class Where(nn.Module):
@@ -224,7 +232,7 @@ class Mixed(nn.Module):
                 dims |= own.dims
             tables[w] = cast(Width, table).cut(rows, vocabularies, dims)
         cut = Mixed(self.schema, self.widths, tables, self.fields.dim, kept)
-        return cut.to(next(self.parameters()).device).train(self.training)
+        return _on(cut, next(self.parameters()).device).train(self.training)
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The tables and matrices of every width, and every constant that finds a row or says what is gone."""

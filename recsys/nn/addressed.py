@@ -139,9 +139,10 @@ class Addressed(nn.Module):
         with torch.no_grad():
             device = self.weight.device
             weight = torch.cat([self._look_up(rows.to(device)) for rows in torch.split(rank.kept, _BLOCK)])
-            weight = weight[:, numbers.to(device)].contiguous()
+            weight = weight.index_select(1, numbers.nonzero().squeeze(1).to(device))
         cut = Addressed(self.schema, self.fields.dim, addresses, weight, kept, rank, numbers)
-        return cut.to(device).train(self.training)
+        # Without weights there is no device to be on: the constants are as ever.
+        return (cut if device.type == "meta" else cut.to(device)).train(self.training)
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The matrix, and every constant that finds its rows or says what is gone."""

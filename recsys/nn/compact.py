@@ -287,7 +287,7 @@ def _pack(
         rows, dims = _union(columns, kept, v, size)
         device = pieces[0].device
         part = source.read(v, rows.nonzero().squeeze(1).to(device))
-        pieces.append(part[:, dims.to(device)].flatten())
+        pieces.append(part.index_select(1, dims.nonzero().squeeze(1).to(device)).flatten())
         blocks.append((*starts[v], dims))
     return blocks, torch.cat(pieces)
 

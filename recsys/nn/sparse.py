@@ -231,7 +231,7 @@ def _numbers(source: RowSource, unions: Sequence[Tensor]) -> Tensor:
         rows = union.any(1).nonzero().squeeze(1)
         device = pieces[0].device
         part = source.read(v, rows.to(device))
-        pieces.append(part[union[rows].to(device)])
+        pieces.append(part.flatten().index_select(0, union[rows].flatten().nonzero().squeeze(1).to(device)))
     return torch.cat(pieces)
 
 

@@ -95,7 +95,8 @@ def pruned_table(schema: EncodedSchema, source: RowSource, selection: Selection)
     device = source.read(0, torch.zeros(0, dtype=torch.int64)).device
     rows = torch.cat([source.read(v, torch.arange(size, device=device)) for v, size in enumerate(layout.rows)])
     with torch.random.fork_rng(devices=[]):
-        whole = Table(schema, dim=dim).to(device)
+        whole = Table(schema, dim=dim)
+    whole = whole if device.type == "meta" else whole.to(device)
     whole.weight = nn.Parameter(rows)
     return whole
 

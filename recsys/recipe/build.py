@@ -24,6 +24,7 @@ from recsys.data.sources import DataRoot, Files
 from recsys.errors import DataError, RecipeError, RunError, did_you_mean
 from recsys.nn.head import Head
 from recsys.nn.model import Model
+from recsys.nn.weightless import weightless
 from recsys.plugin.hooks import Kind
 from recsys.plugin.registry import Checked, Registry
 from recsys.recipe.check import Recipe, check_document
@@ -237,8 +238,9 @@ def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Re
     if is_export(folder):
         return load_exported(folder, registry, console)
     recipe, facts = read_run(folder, registry)
-    run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-    run.restore()
+    with weightless():
+        run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
+        run.restore()
     if run.state["weights"] is None:
         raise RunError(
             f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`"
@@ -265,10 +267,11 @@ def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[R
             raise RunError(f"{path}: altered after the model was exported (sha256 differs)")
     document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
     recipe = check_document(document, registry, folder.name, folder)
-    run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-    run.state |= read_json(folder / "model.json")
-    run.state["weights"] = "model.safetensors"
-    restore_model(run)
+    with weightless():
+        run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
+        run.state |= read_json(folder / "model.json")
+        run.state["weights"] = "model.safetensors"
+        restore_model(run)
     return recipe, run, {}
 
 

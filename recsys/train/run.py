@@ -19,6 +19,7 @@ from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.nn.model import Model
 from recsys.nn.quantize import Stored
 from recsys.nn.selection import load_selection, save_selection
+from recsys.nn.weightless import load_weights
 from recsys.train.checkpoint import load_tensors, read_json, replacing, save_tensors, write_json
 from recsys.train.distributed import World, wait_for_all
 from recsys.train.options import TrainOptions
@@ -231,7 +232,7 @@ def restore_model(run: Run) -> None:
     if run.state["weights"] is not None:
         weights = load_tensors(run.folder / run.state["weights"])
         try:
-            run.model.load_state_dict(weights)
+            load_weights(run.model, weights)
         except RuntimeError as error:
             raise RunError(
                 f"{run.folder / run.state['weights']}: the weights do not fit the recipe's model\n{error}"

@@ -6,6 +6,7 @@ from composition import EMBEDDINGS, OPTIONS, REGISTRY
 from safetensors.torch import load_file, save_file
 
 from recsys.contracts import Counting, Deciding, EncodedSchema, Field, Selection
+from recsys.nn.weightless import load_weights, weightless
 
 ROWS = {"a": 2500, "b": 1200, "c": 12}
 SCHEMA = EncodedSchema(tuple(Field(name, rows) for name, rows in ROWS.items()))
@@ -89,6 +90,21 @@ def test_a_file_brings_back_every_vector_to_the_last_bit(name, tmp_path):
             for f in range(len(ROWS)):
                 ids = every_id(f)
                 assert torch.equal(fresh.eval()(ids, None), module.eval()(ids, None))
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_without_weights_it_is_pruned_and_takes_those_of_the_state(name):
+    made = build(name)
+    selection = chosen(made)
+    small = made.prune(selection)
+    with weightless():
+        fresh, fresh_small = build(name, 1), build(name, 1).prune(selection)
+    assert all(p.is_meta for module in (fresh, fresh_small) for p in module.parameters())
+    for module, empty in ((made, fresh), (small, fresh_small)):
+        load_weights(empty, module.state_dict())
+        with torch.no_grad():
+            for f in range(len(ROWS)):
+                assert torch.equal(empty.eval()(every_id(f), None), module.eval()(every_id(f), None))
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
