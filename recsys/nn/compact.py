@@ -34,6 +34,8 @@ class CompactTable(nn.Module):
 
     Columns that share a vocabulary may keep different parts of it; the block then stores what any of them keeps.
     History columns are called `group.column`; a selection that does not name them keeps all that they read.
+
+    Numbers have the type that the source gives; integers can be looked up, and do not learn.
     """
 
     def __init__(self, schema: EncodedSchema, source: RowSource, selection: Selection) -> None:
@@ -47,7 +49,7 @@ class CompactTable(nn.Module):
             kept = [(r & old_r, d & old_d) for (r, d), (old_r, old_d) in zip(kept, source.kept, strict=True)]
         self.kept: list[tuple[Tensor, Tensor]] = kept
         blocks, flat = _pack(source, columns, kept, self.fields.dim)
-        self.flat = nn.Parameter(flat)
+        self.flat = nn.Parameter(flat, requires_grad=flat.is_floating_point())
         slots, limits, where = slot_maps(columns, kept, self.layout.rows)
         self.slots: Tensor
         self.register_buffer("slots", slots, persistent=False)
@@ -72,13 +74,18 @@ class CompactTable(nn.Module):
         """
         if values is None and self.schema.has_numeric:
             raise ValueError("the schema has numeric fields: the table needs their values")
-        e, safe = self.reader(ids, self.flat, self.slots)
+        e, safe = self.look_up(ids)
         return scale(e, safe, values)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""
-        e: Tensor = self.readers[self.groups.index(group)](ids, self.flat, self.slots)[0]
-        return e
+        return self.look_up(ids, group)[0]
+
+    def look_up(self, ids: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
+        """What is stored for ids of the fields, or of a history, `[..., C] -> [..., C, D]`, and the guarded ids."""
+        reader = self.reader if group is None else self.readers[self.groups.index(group)]
+        e, safe = reader(ids, self.flat, self.slots)
+        return e, safe
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
         """Rows of one vocabulary block, `[n] -> [n, D]`, zeros where nothing is stored."""
@@ -89,6 +96,10 @@ class CompactTable(nn.Module):
         stored = kept_rows[rows.cpu()].unsqueeze(1) & kept_dims  # [n, D]
         element = torch.where(stored, first + slot * width + column, 0)
         return self.flat.detach().index_select(0, element.flatten().to(self.flat.device)).view(element.shape)
+
+    def kept_rows(self) -> Mapping[str, Tensor]:
+        """Column → `[rows]` bool, the ids of which it stores any number."""
+        return {c.name: r & d.any() for c, (r, d) in zip(self.layout.columns, self.kept, strict=True)}
 
     def prune(self, selection: Selection) -> CompactTable:
         """Return a smaller table still; what is gone stays gone."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.nn.compact import CompactTable, RowSource, Slots, element_masks, slot_bytes, slot_maps
 from recsys.nn.layout import Column, Layout, scale
+from recsys.nn.selection import both
 
 
 class ElementTable(nn.Module):
@@ -19,7 +20,8 @@ class ElementTable(nn.Module):
     number; the k-th coordinate stands at that place plus the number of bits before k. Rows without any number are not
     stored. Outputs are `[B, F, D]` as before, with exact zeros where something is gone.
 
-    Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps.
+    Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps. Numbers have the
+    type that the source gives; integers can be looked up, and do not learn.
     """
 
     def __init__(self, schema: EncodedSchema, source: RowSource, selection: Selection) -> None:
@@ -30,7 +32,8 @@ class ElementTable(nn.Module):
             self.kept = [new & old for new, old in zip(self.kept, source.kept, strict=True)]
         columns = self.layout.columns
         unions = [_union(columns, self.kept, v, size) for v, size in enumerate(self.layout.rows)]
-        self.flat = nn.Parameter(_numbers(source, unions))
+        flat = _numbers(source, unions)
+        self.flat = nn.Parameter(flat, requires_grad=flat.is_floating_point())
         self.bits: Tensor
         self.start: Tensor
         self.slots: Tensor
@@ -56,14 +59,18 @@ class ElementTable(nn.Module):
         """
         if values is None and self.schema.has_numeric:
             raise ValueError("the schema has numeric fields: the table needs their values")
-        e, safe = self.reader(ids, self.flat, self.bits, self.start, self.slots)
+        e, safe = self.look_up(ids)
         return scale(e, safe, values)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""
-        reader = self.readers[self.groups.index(group)]
-        e: Tensor = reader(ids, self.flat, self.bits, self.start, self.slots)[0]
-        return e
+        return self.look_up(ids, group)[0]
+
+    def look_up(self, ids: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
+        """What is stored for ids of the fields, or of a history, `[..., C] -> [..., C, D]`, and the guarded ids."""
+        reader = self.reader if group is None else self.readers[self.groups.index(group)]
+        e, safe = reader(ids, self.flat, self.bits, self.start, self.slots)
+        return e, safe
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
         """Rows of one vocabulary block, `[n] -> [n, D]`, zeros where nothing is stored."""
@@ -74,7 +81,11 @@ class ElementTable(nn.Module):
         )
         place = (before + union.flatten().cumsum(0)).view(union.shape)  # one number stands in front of all
         at = torch.where(union, place, 0)[rows.cpu()].to(self.flat.device)  # [n, D]
-        return self.flat.detach().index_select(0, at.flatten()).view(at.shape).masked_fill(at == 0, 0.0)
+        return self.flat.detach().index_select(0, at.flatten()).view(at.shape).masked_fill(at == 0, 0)
+
+    def kept_rows(self) -> Mapping[str, Tensor]:
+        """Column → `[rows]` bool, the ids of which it stores any number."""
+        return {c.name: m.any(1) for c, m in zip(self.layout.columns, self.kept, strict=True)}
 
     def prune(self, selection: Selection) -> ElementTable:
         """Return a smaller table still; what is gone stays gone."""
@@ -126,17 +137,24 @@ def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> C
     """Return the smallest table that gives the rows of `source` with zeros for what `selection` drops.
 
     Rows × dimensions, or single numbers with a bit for each: whichever takes fewer bytes. The choice depends on the
-    selection alone, so that a table can be built again from it.
+    selection and on the type of the numbers alone, so that a table can be built again from it.
 
     Args:
         schema: of the inputs.
-        source: whose rows are copied.
+        source: whose rows are copied; what is gone from a compact table stays gone.
         selection: what is kept.
     """
+    if isinstance(source, ElementTable):
+        return source.prune(selection)
     if not selection.elements:
         return CompactTable(schema, source, selection)
+    if isinstance(source, CompactTable):
+        names = [c.name for c in source.layout.columns]
+        old = [dict(zip(names, masks, strict=True)) for masks in zip(*source.kept, strict=True)]
+        selection = both(selection, Selection(source.fields.names, *old))
     masks = element_masks(source.layout, source.fields.dim, selection)
-    around = rows_times_dims(source.layout, masks)
+    size = source.read(0, torch.zeros(0, dtype=torch.int64)).element_size()
+    around = rows_times_dims(source.layout, masks, size)
     if around is None:
         return ElementTable(schema, source, selection)
     names = [c.name for c in source.layout.columns]
@@ -144,13 +162,19 @@ def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> C
     return CompactTable(schema, Masked(source, masks), Selection(selection.fields, rows, dims))
 
 
-def rows_times_dims(layout: Layout, masks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
-    """The (rows, dims) of every column that contain its kept numbers `[rows, D]`; None if bits take fewer bytes."""
+def rows_times_dims(layout: Layout, masks: Sequence[Tensor], size: int = 4) -> list[tuple[Tensor, Tensor]] | None:
+    """The (rows, dims) of every column that contain its kept numbers `[rows, D]`; None if bits take fewer bytes.
+
+    Args:
+        layout: of the columns.
+        masks: of each column.
+        size: bytes of a number.
+    """
     columns, sizes = layout.columns, layout.rows
-    unions = [_union(columns, masks, v, size) for v, size in enumerate(sizes)]
+    unions = [_union(columns, masks, v, rows) for v, rows in enumerate(sizes)]
     dim = masks[0].shape[1]
-    hull = sum(4 * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
-    single = sum(4 * int(u.sum()) + int(u.any(1).sum()) * (-(-dim // 8) + 4) for u in unions)
+    hull = sum(size * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
+    single = sum(size * int(u.sum()) + int(u.any(1).sum()) * (-(-dim // 8) + 4) for u in unions)
     # Zeros of the block itself are what a column sees within its rows × dimensions; other gaps need bits.
     told = all(
         torch.equal(unions[c.vocabulary][: c.rows] & m.any(1, keepdim=True) & m.any(0), m)
@@ -184,7 +208,7 @@ class Masked:
         """Rows of one vocabulary block, `[n] -> [n, D]`."""
         union = _union(self.layout.columns, self._masks, vocabulary, self.layout.rows[vocabulary])
         found = self._source.read(vocabulary, rows)
-        return found.masked_fill(~union[rows.cpu()].to(found.device), 0.0)
+        return found.masked_fill(~union[rows.cpu()].to(found.device), 0)
 
 
 def _union(columns: Sequence[Column], masks: Sequence[Tensor], vocabulary: int, size: int) -> Tensor:
