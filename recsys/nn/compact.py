@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.errors import DataError, did_you_mean, listing
-from recsys.nn.layout import Column, Guard, Layout, scale
+from recsys.nn.layout import Column, Guard, Layout, index_for, scale
 from recsys.nn.reorder import Orders, Reordered, kept_first, moved
 
 
@@ -35,6 +35,8 @@ class CompactTable(nn.Module):
 
     Columns that share a vocabulary may keep different parts of it; the block then stores what any of them keeps.
     History columns are called `group.column`; a selection that does not name them keeps all that they read.
+
+    Numbers have the type that the source gives; integers can be looked up, and do not learn.
     """
 
     def __init__(self, schema: EncodedSchema, source: RowSource, selection: Selection) -> None:
@@ -96,8 +98,16 @@ class CompactTable(nn.Module):
         element = torch.where(stored, first + slot * width + column, 0)
         return self.flat.detach().index_select(0, element.flatten().to(self.flat.device)).view(element.shape)
 
-    def prune(self, selection: Selection) -> CompactTable:
-        """Return a smaller table still; what is gone stays gone."""
+    def kept_rows(self) -> Mapping[str, Tensor]:
+        """Column → `[rows]` bool, the ids of which it stores any number."""
+        return {c.name: r & d.any() for c, (r, d) in zip(self.layout.columns, self.kept, strict=True)}
+
+    def prune(self, selection: Selection) -> Any:
+        """Return a smaller table still, one of single numbers where they are named; what is gone stays gone."""
+        if selection.elements:
+            from recsys.nn.sparse import compact  # which stands on this module
+
+            return compact(self.schema, self, selection)
         return CompactTable(self.schema, self, selection)
 
     def row_order(self) -> Orders:
@@ -285,9 +295,8 @@ def _pack(
     starts = _starts(source.layout, kept, dim)
     for v, size in enumerate(source.layout.rows):
         rows, dims = _union(columns, kept, v, size)
-        device = pieces[0].device
-        part = source.read(v, rows.nonzero().squeeze(1).to(device))
-        pieces.append(part.index_select(1, dims.nonzero().squeeze(1).to(device)).flatten())
+        part = source.read(v, index_for(pieces[0], rows.nonzero().squeeze(1)))
+        pieces.append(part.index_select(1, index_for(part, dims.nonzero().squeeze(1))).flatten())
         blocks.append((*starts[v], dims))
     return blocks, torch.cat(pieces)
 

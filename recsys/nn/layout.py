@@ -132,3 +132,8 @@ def scale(e: Tensor, ids: Tensor, values: Tensor | None) -> Tensor:
         return e
     values = torch.where(ids == NULL_ID, torch.ones_like(values), values)
     return e * values.unsqueeze(-1)  # [B, F, 1]
+
+
+def index_for(x: Tensor, index: Tensor) -> Tensor:
+    """The index on the device of what it selects from; where that has no values, as it is."""
+    return index if x.is_meta else index.to(x.device)

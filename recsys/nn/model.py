@@ -198,10 +198,11 @@ class Model(nn.Module):
         """A copy with another embedding, and without the selector."""
         groups = [h.name for h in self.schema.histories]
         sequences = dict(zip(groups, cast("list[contracts.Sequence]", list(self.sequences)), strict=True))
+        device, selector = next(self.head.parameters()).device, KeepAll(self.embedding.fields)
         return Model(
             self.schema,
             embedding,
-            KeepAll(self.embedding.fields).to(next(self.head.parameters()).device),
+            selector if device.type == "meta" else selector.to(device),
             copy.deepcopy(sequences),
             copy.deepcopy(cast("list[contracts.Interaction]", list(self.interactions))),
             copy.deepcopy(self.head),

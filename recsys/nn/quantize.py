@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.nn.compact import CompactTable, RowSource
-from recsys.nn.layout import Layout, scale
+from recsys.nn.layout import Layout, index_for, scale
 from recsys.nn.reorder import Orders
 from recsys.nn.sparse import ElementTable
 from recsys.nn.table import Table
@@ -119,8 +119,8 @@ def quantized(schema: EncodedSchema, table: Table | CompactTable | ElementTable,
     layout = table.layout
     tops = []
     for v, size in enumerate(layout.rows):
-        device = table.read(v, torch.zeros(0, dtype=torch.int64)).device
-        found = table.read(v, torch.arange(size, device=device))
+        none = table.read(v, torch.zeros(0, dtype=torch.int64))
+        found = table.read(v, index_for(none, torch.arange(size)))
         tops.append(found.abs().max().float() if found.numel() else found.new_zeros((), dtype=torch.float32))
     top = torch.stack(tops)
     step = torch.where(top > 0, top / HIGHEST, 1.0)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.nn.compact import CompactTable, RowSource, Slots, element_masks, slot_bytes, slot_maps
-from recsys.nn.layout import Column, Layout, scale
+from recsys.nn.layout import Column, Layout, index_for, scale
 from recsys.nn.reorder import Orders, Reordered, kept_first, moved
+from recsys.nn.selection import both
 
 
 class ElementTable(nn.Module):
@@ -21,7 +22,8 @@ class ElementTable(nn.Module):
     stands at the row's place plus the number of bits before k. Rows without any number are not stored. Outputs are
     `[B, F, D]` as before, with exact zeros where something is gone.
 
-    Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps.
+    Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps. Numbers have the
+    type that the source gives; integers can be looked up, and do not learn.
     """
 
     def __init__(self, schema: EncodedSchema, source: RowSource, selection: Selection) -> None:
@@ -83,7 +85,11 @@ class ElementTable(nn.Module):
         )
         place = (before + union.flatten().cumsum(0)).view(union.shape)  # one number stands in front of all
         at = torch.where(union, place, 0)[rows.cpu()].to(self.flat.device)  # [n, D]
-        return self.flat.detach().index_select(0, at.flatten()).view(at.shape).masked_fill(at == 0, 0.0)
+        return self.flat.detach().index_select(0, at.flatten()).view(at.shape).masked_fill(at == 0, 0)
+
+    def kept_rows(self) -> Mapping[str, Tensor]:
+        """Column → `[rows]` bool, the ids of which it stores any number."""
+        return {c.name: m.any(1) for c, m in zip(self.layout.columns, self.kept, strict=True)}
 
     def prune(self, selection: Selection) -> ElementTable:
         """Return a smaller table still; what is gone stays gone."""
@@ -99,7 +105,8 @@ class ElementTable(nn.Module):
         masks = moved(self.layout, orders, self.kept)
         kept = tuple(n for n, m in zip(names, masks, strict=True) if bool(m.any()) and n in self.fields.names)
         selection = Selection(kept, elements=dict(zip(names, masks, strict=True)))
-        return compact(self.schema, Reordered(self, orders), selection), selection
+        # Stored in fewer bits, it still has the layout that was chosen for float32, as a fresh one will.
+        return compact(self.schema, Reordered(self, orders), selection, size=4), selection
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The numbers, bits and places of the rows, the id maps, and where each column finds its part."""
@@ -149,21 +156,31 @@ class ElementReader(nn.Module):
         return single.flatten(-2)[..., : self.dim]
 
 
-def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> CompactTable | ElementTable:
+def compact(
+    schema: EncodedSchema, source: RowSource, selection: Selection, *, size: int | None = None
+) -> CompactTable | ElementTable:
     """Return the smallest table that gives the rows of `source` with zeros for what `selection` drops.
 
     Rows × dimensions, or single numbers with a bit for each: whichever takes fewer bytes. The choice depends on the
-    selection alone, so that a table can be built again from it.
+    selection and on the type of the numbers alone, so that a table can be built again from it.
 
     Args:
         schema: of the inputs.
-        source: whose rows are copied.
+        source: whose rows are copied; what is gone from a compact table stays gone.
         selection: what is kept.
+        size: bytes of a number by which the layout is chosen; by default those that it has.
     """
+    if isinstance(source, ElementTable):
+        return source.prune(selection)
     if not selection.elements:
         return CompactTable(schema, source, selection)
+    if isinstance(source, CompactTable):
+        names = [c.name for c in source.layout.columns]
+        old = [dict(zip(names, masks, strict=True)) for masks in zip(*source.kept, strict=True)]
+        selection = both(selection, Selection(source.fields.names, *old))
     masks = element_masks(source.layout, source.fields.dim, selection)
-    around = rows_times_dims(source.layout, masks)
+    own = source.read(0, torch.zeros(0, dtype=torch.int64)).element_size()
+    around = rows_times_dims(source.layout, masks, own if size is None else size)
     if around is None:
         return ElementTable(schema, source, selection)
     names = [c.name for c in source.layout.columns]
@@ -171,14 +188,20 @@ def compact(schema: EncodedSchema, source: RowSource, selection: Selection) -> C
     return CompactTable(schema, Masked(source, masks), Selection(selection.fields, rows, dims))
 
 
-def rows_times_dims(layout: Layout, masks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
-    """The (rows, dims) of every column that contain its kept numbers `[rows, D]`; None if bits take fewer bytes."""
+def rows_times_dims(layout: Layout, masks: Sequence[Tensor], size: int = 4) -> list[tuple[Tensor, Tensor]] | None:
+    """The (rows, dims) of every column that contain its kept numbers `[rows, D]`; None if bits take fewer bytes.
+
+    Args:
+        layout: of the columns.
+        masks: of each column.
+        size: bytes of a number.
+    """
     columns, sizes = layout.columns, layout.rows
-    unions = [_union(columns, masks, v, size) for v, size in enumerate(sizes)]
+    unions = [_union(columns, masks, v, rows) for v, rows in enumerate(sizes)]
     dim = masks[0].shape[1]
-    hull = sum(4 * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
-    rows = sum(int(u.any(1).sum()) for u in unions)
-    single = 4 * sum(int(u.sum()) for u in unions) + rows * -(-dim // 8) + _place_bytes(rows, dim)
+    hull = sum(size * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
+    stored = sum(int(u.any(1).sum()) for u in unions)
+    single = size * sum(int(u.sum()) for u in unions) + stored * -(-dim // 8) + _place_bytes(stored, dim)
     # Zeros of the block itself are what a column sees within its rows × dimensions; other gaps need bits.
     told = all(
         torch.equal(unions[c.vocabulary][: c.rows] & m.any(1, keepdim=True) & m.any(0), m)
@@ -212,7 +235,7 @@ class Masked:
         """Rows of one vocabulary block, `[n] -> [n, D]`."""
         union = _union(self.layout.columns, self._masks, vocabulary, self.layout.rows[vocabulary])
         found = self._source.read(vocabulary, rows)
-        return found.masked_fill(~union[rows.cpu()].to(found.device), 0.0)
+        return found.masked_fill(~union[rows.cpu()].to(found.device), 0)
 
 
 def _union(columns: Sequence[Column], masks: Sequence[Tensor], vocabulary: int, size: int) -> Tensor:
@@ -229,9 +252,8 @@ def _numbers(source: RowSource, unions: Sequence[Tensor]) -> Tensor:
     pieces = [source.read(0, torch.zeros(0, dtype=torch.int64)).new_zeros(1)]
     for v, union in enumerate(unions):
         rows = union.any(1).nonzero().squeeze(1)
-        device = pieces[0].device
-        part = source.read(v, rows.to(device))
-        pieces.append(part.flatten().index_select(0, union[rows].flatten().nonzero().squeeze(1).to(device)))
+        part = source.read(v, index_for(pieces[0], rows)).flatten()
+        pieces.append(part.index_select(0, index_for(part, union[rows].flatten().nonzero().squeeze(1))))
     return torch.cat(pieces)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.nn.compact import CompactTable, RowSource, drops_nothing
-from recsys.nn.layout import Column, Guard, Layout, scale
+from recsys.nn.layout import Column, Guard, Layout, index_for, scale
 from recsys.nn.sparse import ElementTable, compact
 
 
@@ -92,8 +92,9 @@ def pruned_table(schema: EncodedSchema, source: RowSource, selection: Selection)
     layout, dim = source.layout, source.fields.dim
     if not drops_nothing(layout, dim, selection):
         return compact(schema, source, selection)
-    device = source.read(0, torch.zeros(0, dtype=torch.int64)).device
-    rows = torch.cat([source.read(v, torch.arange(size, device=device)) for v, size in enumerate(layout.rows)])
+    none = source.read(0, torch.zeros(0, dtype=torch.int64))
+    device = none.device
+    rows = torch.cat([source.read(v, index_for(none, torch.arange(size))) for v, size in enumerate(layout.rows)])
     with torch.random.fork_rng(devices=[]):
         whole = Table(schema, dim=dim)
     whole = whole if device.type == "meta" else whole.to(device)

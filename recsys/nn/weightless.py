@@ -28,6 +28,11 @@ def weightless() -> Iterator[None]:
         yield
 
 
+def is_weightless(module: nn.Module) -> bool:
+    """Whether a part of the module has no values yet."""
+    return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a module its state, in the file's own tensors where it has no weights yet.
 
@@ -35,7 +40,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         RuntimeError: the names or the shapes differ.
         RunError: a part is left without weights.
     """
-    module.load_state_dict(weights, assign=any(t.is_meta for t in (*module.parameters(), *module.buffers())))
+    module.load_state_dict(weights, assign=is_weightless(module))
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise RunError(f"'{name}' has no values: the saved state does not hold it")

@@ -240,7 +240,7 @@ def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Re
     recipe, facts = read_run(folder, registry)
     with weightless():
         run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-        run.restore()
+    run.restore()
     if run.state["weights"] is None:
         raise RunError(
             f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`"
@@ -269,9 +269,9 @@ def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[R
     recipe = check_document(document, registry, folder.name, folder)
     with weightless():
         run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-        run.state |= read_json(folder / "model.json")
-        run.state["weights"] = "model.safetensors"
-        restore_model(run)
+    run.state |= read_json(folder / "model.json")
+    run.state["weights"] = "model.safetensors"
+    restore_model(run)
     return recipe, run, {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.nn.model import Model
 from recsys.nn.quantize import Stored
 from recsys.nn.selection import load_selection, save_selection
-from recsys.nn.weightless import load_weights
+from recsys.nn.weightless import is_weightless, load_weights, weightless
 from recsys.train.checkpoint import load_tensors, read_json, replacing, save_tensors, write_json
 from recsys.train.distributed import World, wait_for_all
 from recsys.train.options import TrainOptions
@@ -225,10 +226,11 @@ def no_snapshot(name: str, known: Iterable[str]) -> str:
 
 def restore_model(run: Run) -> None:
     """Give the run's model the structure and the weights that its folder recorded."""
-    for name in run.state["selections"]:
-        run.model = run.model.prune(load_selection(run.folder / name))
-    if run.state["stored"] != "float32":
-        run.model = run.model.quantized(run.state["stored"])
+    with weightless() if is_weightless(run.model) else contextlib.nullcontext():
+        for name in run.state["selections"]:
+            run.model = run.model.prune(load_selection(run.folder / name))
+        if run.state["stored"] != "float32":
+            run.model = run.model.quantized(run.state["stored"])
     if run.state["weights"] is not None:
         weights = load_tensors(run.folder / run.state["weights"])
         try:

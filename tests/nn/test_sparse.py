@@ -64,6 +64,56 @@ def test_pruning_again_keeps_what_both_keep(one, two):
         assert torch.equal(got, torch.where(b == 0, b, a))
 
 
+@settings(max_examples=30, deadline=None)
+@given(selections(), selections())
+def test_compacting_what_is_compact_keeps_what_both_keep(one, two):
+    once = compact(SCHEMA, make(), one)
+    twice = compact(SCHEMA, once, two)
+    for got, a, b in zip(outputs(twice), masked(one), masked(two), strict=True):
+        assert torch.equal(got, torch.where(b == 0, b, a))
+    for name, rows in twice.kept_rows().items():
+        ids = torch.arange(COLUMNS[name])
+        both = elements(one, name, ids) * elements(two, name, ids) > 0
+        if name not in SCALARS or (name in one.fields and name in two.fields):
+            assert not (both.any(1) & ~rows).any(), "rows x dimensions may hold rows of zeros, too"
+        else:
+            assert not rows.any()
+
+
+class Whole:
+    """The rows of a table as integers."""
+
+    def __init__(self, table):
+        self.layout, self.fields, self._table = table.layout, table.fields, table
+
+    def read(self, vocabulary, rows):
+        return (self._table.read(vocabulary, rows) * 20).round().to(torch.int8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(selections(), selections())
+def test_integers_stay_integers_and_do_not_learn(one, two):
+    whole = compact(SCHEMA, Whole(make()), Selection(SCALARS))
+    for small in (compact(SCHEMA, Whole(make()), one), compact(SCHEMA, compact(SCHEMA, Whole(make()), one), two)):
+        assert small.flat.dtype == torch.int8
+        assert not small.flat.requires_grad
+    for got, full, a, b in zip(outputs(small), outputs(whole), masked(one), masked(two), strict=True):
+        assert torch.equal(got.float(), torch.where((a == 0) | (b == 0), 0.0, full.float()))
+
+
+def test_narrow_numbers_are_cheaper_to_keep_beside_gaps_than_bits():
+    schema = EncodedSchema((Field("a", 400),))
+    keep = torch.rand(400, 16, generator=torch.Generator().manual_seed(0)) < 0.85
+    table = Table(schema, dim=16, init_std=1.0)
+    selection = Selection(("a",), elements={"a": keep})
+    assert isinstance(compact(schema, table, selection), ElementTable)
+    narrow = compact(schema, Whole(table), selection)
+    assert isinstance(narrow, CompactTable)
+    assert size(narrow) < 400 * (16 + 1)
+    ids = torch.arange(400).unsqueeze(1)
+    assert torch.equal(narrow(ids)[:, 0].float(), (table.weight * 20).round().detach() * keep)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.02, 0.5), st.sampled_from([3, 8, 17]))
 def test_bytes_are_numbers_bits_and_places(seed, share, dim):
@@ -141,3 +191,12 @@ def test_the_graph_takes_any_batch():
     rows = {0: torch.export.Dim("batch", min=1)}
     program = torch.export.export(small, (ids[:4], values[:4]), dynamic_shapes=(rows, rows))
     assert torch.equal(program.module()(ids, values), small(ids, values))
+
+
+@settings(max_examples=30, deadline=None)
+@given(selections(), selections())
+def test_single_numbers_of_a_compact_table_can_go_too(one, two):
+    rows_only = Selection(one.fields, one.rows, one.dims)
+    twice = make().prune(rows_only).prune(two)
+    for got, a, b in zip(outputs(twice), masked(rows_only), masked(two), strict=True):
+        assert torch.equal(got, torch.where(b == 0, b, a))
