@@ -34,9 +34,10 @@ RATE = 0.1
 """Share of the way to the mean of its vectors that a centroid goes in a step."""
 WINDOW = 100
 """Steps after which a centroid that no vector had is put elsewhere."""
-_AT_ONCE = {"cpu": 1 << 20}
-"""Distances computed at once: as many as the cache of a CPU holds, elsewhere `_MANY`."""
+_AT_ONCE = 1 << 18
+"""Distances computed at once: as many as the cache of a CPU holds."""
 _MANY = 1 << 26
+"""The same for a GPU, which works best on many."""
 
 
 class MGQE(Table):
@@ -53,8 +54,9 @@ class MGQE(Table):
     vectors. One that no vector had for 100 steps is put on the part of a row drawn at random, a frequent one where
     rare rows do not look. All vocabularies share the codebook: one of its own costs as much as K rows of the table.
 
-    While it learns, it takes more memory than a table. With `frequent_share: 1` it is differentiable product
-    quantisation (DPQ) by vector quantisation, which needs no `count_rows`.
+    A code is a byte, whichever row it is of: grades make no smaller model than `frequent_share: 1`, but let rare rows
+    share more. With that option it is differentiable product quantisation (DPQ) by vector quantisation, and needs no
+    `count_rows`. While it learns, it takes more memory than a table.
 
     Kang et al., "Learning Multi-granular Quantized Embeddings for Large-Vocab Categorical Features in Recommender
     Systems", WWW 2020, arXiv 2002.08530; Chen et al., "Differentiable Product Quantization for End-to-End Embedding
@@ -119,20 +121,17 @@ class MGQE(Table):
     @torch.no_grad()
     def _codes(self, v: Tensor, frequent: Tensor) -> Tensor:
         """The nearest centroids that the rows may have, `[n, D], [n] -> [n, P]` int64."""
-        count, size = self.codebook.shape[1:]
-        codebook = self.codebook if self.graded else self.codebook[:, : self.limit]
-        v = v.reshape(-1, self.parts, size)
-        wall = torch.where(frequent, 0.0, torch.inf).to(v.dtype).view(-1, 1, 1) if self.graded else None
-        if torch.compiler.is_exporting():  # a graph knows no number of rows
-            return _nearest(v, codebook, wall, self.limit)
-        rows = max(1, _AT_ONCE.get(v.device.type, _MANY) // (self.parts * count))
-        found = [
-            _nearest(
-                v[first : first + rows], codebook, None if wall is None else wall[first : first + rows], self.limit
-            )
-            for first in range(0, max(len(v), 1), rows)
-        ]
-        return torch.cat(found)
+        v, few = v.reshape(-1, *self.codebook[:, 0].shape), self.codebook[:, : self.limit]
+        if not self.graded:
+            return _nearest(v, few)
+        if v.device.type == "cpu" and not torch.compiler.is_exporting():
+            codes = torch.empty(v.shape[:2], dtype=torch.int64)
+            for mine, codebook in ((frequent, self.codebook), (~frequent, few)):
+                rows = mine.nonzero().squeeze(1)
+                codes[rows] = _nearest(v.index_select(0, rows), codebook)
+            return codes
+        wall = torch.where(frequent, 0.0, torch.inf).to(v.dtype)  # a GPU would have to wait for the number of rows
+        return _nearest(v, self.codebook, wall.view(-1, 1, 1), self.limit)
 
     def penalty(self) -> Tensor:
         """Return Σ ‖c − m‖² / (2 P K) over the centroids that the last batch had, `[]`.
@@ -329,20 +328,31 @@ def _check(dim: int, parts: int, centroids: int, rare_centroids: int) -> None:
         raise RecipeError(f"embedding mgqe: rare_centroids {rare_centroids} is more than centroids {centroids}")
 
 
-def _nearest(v: Tensor, codebook: Tensor, wall: Tensor | None, limit: int) -> Tensor:
-    """`[n, P, D/P], [P, K, D/P] -> [n, P]`; `wall [n, 1, 1]` is added to the distances from `limit` on.
+def _nearest(v: Tensor, codebook: Tensor, wall: Tensor | None = None, limit: int = 0) -> Tensor:
+    """`[n, P, D/P], [P, K, D/P] -> [n, P]`; `wall [n, 1, 1]` is added to the distances from `limit` on."""
+    if torch.compiler.is_exporting():  # a graph knows no number of rows
+        return _distance(v, codebook, wall, limit).argmin(2)
+    rows = max(1, (_AT_ONCE if v.device.type == "cpu" else _MANY) // codebook[:, :, 0].numel())
+    found = []
+    for first in range(0, max(len(v), 1), rows):
+        part = slice(first, first + rows)
+        found.append(_distance(v[part], codebook, None if wall is None else wall[part], limit).argmin(2))
+    return torch.cat(found)
+
+
+def _distance(v: Tensor, codebook: Tensor, wall: Tensor | None, limit: int) -> Tensor:
+    """Squared distances, `[n, P, K]`.
 
     Number by number: a matrix product, or a sum over the last dimension, may give other last bits for another number
     of rows, and then the nearest of two would depend on who looks.
     """
-    distance: Tensor | None = None
+    total: Tensor | None = None
     for j in range(v.shape[2]):
-        square = (v[:, :, j].unsqueeze(2) - codebook[:, :, j]).square()  # [n, P, K]
-        distance = square if distance is None else distance + square
-    found = cast(Tensor, distance)
-    if wall is not None:
-        found = torch.cat([found[..., :limit], found[..., limit:] + wall], 2)
-    return found.argmin(2)
+        gap = v[:, :, j].unsqueeze(2) - codebook[:, :, j]
+        square = gap.mul_(gap)
+        total = square if total is None else total.add_(square)
+    found = cast(Tensor, total)
+    return found if wall is None else torch.cat([found[..., :limit], found[..., limit:] + wall], 2)
 
 
 def _joined(codes: Tensor, codebook: Tensor) -> Tensor:

@@ -210,6 +210,7 @@ def test_centroids_that_nothing_uses_are_put_where_vectors_are():
     assert not bool(made.used[:, 2:].any())
     assert bool((made.codebook[:, 2:] > 50).all())
     train(made, 1, ids, first=WINDOW - 1)
+    assert not bool(made.used.any()), "what was used is asked anew"
     parts = made.weight.view(3500, 2, 2)
     for p in range(2):
         for k in range(2, 32):
