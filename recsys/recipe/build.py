@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -238,9 +239,7 @@ def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Re
     if is_export(folder):
         return load_exported(folder, registry, console)
     recipe, facts = read_run(folder, registry)
-    with weightless():
-        run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-    run.restore()
+    run = _with_weights_of_file(recipe, registry, folder, console, Run.restore)
     if run.state["weights"] is None:
         raise RunError(
             f"{folder}: no stage of this run has finished training; continue it with `recsys train --resume {folder}`"
@@ -267,12 +266,33 @@ def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[R
             raise RunError(f"{path}: altered after the model was exported (sha256 differs)")
     document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
     recipe = check_document(document, registry, folder.name, folder)
-    with weightless():
-        run = build_run(recipe, registry, folder, Encoder.load(folder / "encoder"), {}, world=World(), console=console)
-    run.state |= read_json(folder / "model.json")
-    run.state["weights"] = "model.safetensors"
-    restore_model(run)
-    return recipe, run, {}
+    state = {**read_json(folder / "model.json"), "weights": "model.safetensors"}
+
+    def take_up(run: Run) -> None:
+        run.state |= state
+        restore_model(run)
+
+    return recipe, _with_weights_of_file(recipe, registry, folder, console, take_up), {}
+
+
+def _with_weights_of_file(
+    recipe: Recipe, registry: Registry, folder: Path, console: Console, take_up: Callable[[Run], None]
+) -> Run:
+    """Build a run without its data, and let it take up what the folder holds: as little memory as that takes.
+
+    A plugin's part that looks at its weights when it is built or pruned needs some: then all are drawn first.
+    """
+    encoder = Encoder.load(folder / "encoder")
+    for light in (True, False):
+        try:
+            with weightless() if light else contextlib.nullcontext():
+                run = build_run(recipe, registry, folder, encoder, {}, world=World(), console=console)
+            take_up(run)
+            break
+        except (NotImplementedError, RuntimeError):
+            if not light:
+                raise
+    return run
 
 
 def _git_hash(folder: Path) -> str | None:
