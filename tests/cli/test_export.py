@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -159,3 +161,49 @@ def test_a_choice_that_nothing_removes_is_told(recsys, tmp_path):
         "train", "quickstart", SMALL[0], "model.embedding={use: magnitude, dim: 4}", "--out", tmp_path / "run"
     )
     assert "no stage `prune` removes it" in told
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from recsys import cli
+sys.argv = ["recsys", *sys.argv[1:]]
+try:
+    cli.main()
+except SystemExit as stopped:
+    assert not stopped.code, stopped.code
+status = Path("/proc/self/status").read_text()
+print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_scoring_takes_less_memory_by_what_was_pruned(recsys, tmp_path):
+    """The whole table is never there: neither built to be pruned, nor read."""
+    rows = logs(tmp_path)
+    fields = "{user: {hash_buckets: 400000}, item: {hash_buckets: 400000}, hour: {}}"
+    peaks, tables = [], []
+    for name, stages in (("whole", "{use: fit}"), ("pruned", "{use: count_rows}, {use: fit}, {use: prune}")):
+        run = tmp_path / name
+        embedding = "table, dim: 64" if name == "whole" else "frequency, dim: 64, budget: 0.05"
+        recsys(
+            *("train", "quickstart", *SMALL[:3], f"data.categorical={fields}", f"model.embedding={{use: {embedding}}}"),
+            *("train.optimizer=sgd", f"stages=[{stages}, {{use: export}}]", "--out", run),
+        )
+        tables.append(sum(t.nbytes for t in load_file(run / "export" / "model.safetensors").values()))
+        command = [
+            sys.executable,
+            "-c",
+            PEAK,
+            "predict",
+            run / "export",
+            "--data",
+            rows,
+            "--out",
+            tmp_path / "s.parquet",
+        ]
+        told = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        peaks.append(int(told.stdout.split()[-1]))
+    saved = tables[0] - tables[1]
+    assert saved > 180e6
+    assert peaks[0] - peaks[1] > 0.8 * saved
