@@ -153,12 +153,14 @@ class Selection:
         dims: field → bool `[D]`, True for a kept dimension; a field that is absent keeps all of them.
         elements: field → bool `[rows, D]`, True for a kept number, where a choice of rows and one of dimensions do not
             say it; a number stays that no mask drops.
+        vocabulary: digest of the vocabularies whose ids `rows` and `elements` go by; empty where it is not known.
     """
 
     fields: tuple[str, ...]
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     dims: Mapping[str, Tensor] = field(default_factory=dict)
     elements: Mapping[str, Tensor] = field(default_factory=dict)
+    vocabulary: str = field(default="", kw_only=True)
 
 
 class Source(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -86,6 +87,13 @@ class Encoder:
     def lookup(self, field: str) -> Lookup:
         """Return the vocabulary or the hash buckets that a categorical or multi-valued field uses."""
         return self.lookups[self.owner(field)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that says which id a value has; equal encoders have equal ones."""
+        parts = [f"{name} {lookup.digest()}" for name, lookup in self.lookups.items()]
+        parts += [f"{name} {spec}" for name, spec in self.numerics.items()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def vocabularies(self) -> dict[str, str]:
         """Columns of the schema that own a vocabulary that was learned → its name in `lookups`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +82,16 @@ class Vocabulary:
             raise ValueError("an order names every id once, and starts with those of the missing and the unknown value")
         return Vocabulary(self.kind, self.values.gather(order[FIRST_ID:] - FIRST_ID))
 
+    def digest(self) -> str:
+        """SHA-256 of the values and their order, in hex."""
+        found = hashlib.sha256(f"{self.kind} {len(self.values)}\n".encode())
+        if self.kind == "text":
+            found.update(self.values.str.len_bytes().to_numpy().astype("<u4").tobytes())
+            found.update((self.values.str.join("").item() if len(self.values) else "").encode())
+        else:
+            found.update(self.values.to_numpy().astype("<i8").tobytes())
+        return found.hexdigest()
+
     def ids(self, values: pl.Series, present: npt.NDArray[np.bool_]) -> Ids:
         """Return the ids of a block.
 
@@ -156,6 +167,10 @@ class Buckets:
     def rows(self) -> int:
         """Number of ids, missing and unknown included."""
         return FIRST_ID + self.size
+
+    def digest(self) -> str:
+        """What says which id a value has."""
+        return f"{self.kind} {self.size}"
 
     def ids(self, values: pl.Series, present: npt.NDArray[np.bool_]) -> Ids:
         """Return the ids of a block, as of `Vocabulary.ids`; unknown only where a value does not convert."""

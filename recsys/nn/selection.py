@@ -73,9 +73,8 @@ def both(one: Selection, other: Selection) -> Selection:
         return {n: a[n].cpu().bool() & b[n].cpu().bool() if n in a and n in b else given[n] for n in given}
 
     fields = tuple(name for name in one.fields if name in other.fields)
-    return Selection(
-        fields, masks(one.rows, other.rows), masks(one.dims, other.dims), masks(one.elements, other.elements)
-    )
+    parts = ((one.rows, other.rows), (one.dims, other.dims), (one.elements, other.elements))
+    return Selection(fields, *(masks(a, b) for a, b in parts), vocabulary=one.vocabulary or other.vocabulary)
 
 
 def save_selection(selection: Selection, path: Path) -> None:
@@ -83,7 +82,7 @@ def save_selection(selection: Selection, path: Path) -> None:
     masks = {"rows": selection.rows, "dims": selection.dims, "elements": selection.elements}
     tensors = {f"{kind}/{k}": _packed(v) for kind, given in masks.items() for k, v in given.items()}
     shapes = {f"{kind}/{k}": list(v.shape) for kind, given in masks.items() for k, v in given.items()}
-    meta = {"format": FORMAT, "fields": selection.fields, "shapes": shapes}
+    meta = {"format": FORMAT, "fields": selection.fields, "shapes": shapes, "vocabulary": selection.vocabulary}
     # One entry: safetensors writes several in an order that differs from process to process.
     save_file(tensors, path, metadata={"selection": json.dumps(meta)})
 
@@ -103,7 +102,8 @@ def load_selection(path: Path) -> Selection:
     if meta.get("format") != FORMAT:
         raise RunError(f"{path}: not a selection file (format {meta.get('format')!r}, expected {FORMAT!r})")
     masks = {name: _unpacked(bits, meta["shapes"][name]) for name, bits in packed.items()}
-    return Selection(tuple(meta["fields"]), *(_masks(masks, kind) for kind in ("rows/", "dims/", "elements/")))
+    parts = (_masks(masks, kind) for kind in ("rows/", "dims/", "elements/"))
+    return Selection(tuple(meta["fields"]), *parts, vocabulary=meta["vocabulary"])
 
 
 def _packed(mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recsys.data.simulate import Simulated
 from recsys.data.sources import Files
+from recsys.nn.fixed import Fixed
 from recsys.nn.interaction import FM, MLP, CrossNet
 from recsys.nn.selection import KeepAll
 from recsys.nn.sequence import MeanPool
@@ -22,6 +23,7 @@ def recsys_components() -> list[Component]:
         Component("source", "simulated", Simulated),
         Component("embedding", "table", Table),
         Component("selector", "keep_all", KeepAll),
+        Component("selector", "fixed", Fixed),
         Component("sequence", "mean_pool", MeanPool),
         Component("interaction", "fm", FM),
         Component("interaction", "mlp", MLP),

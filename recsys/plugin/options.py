@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import re
 import reprlib
 import types
@@ -78,7 +79,7 @@ def options_model(factory: Callable[..., Any]) -> type[pydantic.BaseModel]:
     for parameter, annotation in _options(factory):
         name = parameter.name
         default = ... if parameter.default is Parameter.empty else parameter.default
-        info = pydantic.Field(default, description=described.get(name), alias=name)
+        info = pydantic.Field(default, description=described.get(name), alias=_public(name))
         # A field may not shadow a method of BaseModel (`copy`, `schema`), so such names live behind their alias.
         clashes = name.startswith("_") or name in dir(pydantic.BaseModel)
         fields[f"option_{name}" if clashes else name] = (annotation, info)
@@ -96,7 +97,7 @@ def describe(factory: Callable[..., Any]) -> tuple[Option, ...]:
     described = docstrings.read(factory).args
     return tuple(
         Option(
-            name=parameter.name,
+            name=_public(parameter.name),
             type=type_name(annotation),
             required=parameter.default is Parameter.empty,
             default=None if parameter.default is Parameter.empty else parameter.default,
@@ -130,7 +131,8 @@ def check(
     except pydantic.ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
     else:
-        return {field.alias or name: getattr(checked, name) for name, field in model.model_fields.items()}
+        named = {field.alias or name: getattr(checked, name) for name, field in model.model_fields.items()}
+        return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in named.items()}
     grouped: dict[Path, list[ErrorDetails]] = {}
     for detail in details:
         grouped.setdefault(_locate(detail, given), []).append(detail)
@@ -190,6 +192,11 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     return {"$defs": defs}
 
 
+def _public(name: str) -> str:
+    """The option of a parameter: one called `from_`, for Python has a word of that name, is `from` in recipes."""
+    return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
+
+
 def _label(factory: Callable[..., Any]) -> str:
     return str(getattr(factory, "__qualname__", None) or type(factory).__name__)
 
@@ -204,7 +211,7 @@ def _signature(factory: Callable[..., Any]) -> inspect.Signature:
 def _options(factory: Callable[..., Any]) -> Iterable[tuple[Parameter, Any]]:
     """Yield the keyword-only parameters with their annotations resolved."""
     label = _label(factory)
-    keyword: list[Parameter] = []
+    only: list[Parameter] = []
     for parameter in _signature(factory).parameters.values():
         if parameter.kind in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL):
             stars = "**" if parameter.kind is Parameter.VAR_KEYWORD else "*"
@@ -215,16 +222,16 @@ def _options(factory: Callable[..., Any]) -> Iterable[tuple[Parameter, Any]]:
         if parameter.kind is Parameter.KEYWORD_ONLY:
             if parameter.annotation is Parameter.empty:
                 raise PluginError(f"{label}: option '{parameter.name}' has no type; write `{parameter.name}: int = …`")
-            keyword.append(parameter)
+            only.append(parameter)
     # Only the options are resolved: positional parameters may name types that are imported for checkers alone.
-    holder = type(label, (), {"__annotations__": {p.name: p.annotation for p in keyword}})
+    holder = type(label, (), {"__annotations__": {p.name: p.annotation for p in only}})
     try:
         hints = typing.get_type_hints(holder, globalns=_globals(factory), include_extras=True)
     except (NameError, AttributeError, SyntaxError, TypeError) as error:
         raise PluginError(
             f"{label}: the type of an option cannot be resolved ({error}); import it outside `if TYPE_CHECKING`"
         ) from None
-    return [(parameter, hints[parameter.name]) for parameter in keyword]
+    return [(parameter, hints[parameter.name]) for parameter in only]
 
 
 def _globals(factory: Callable[..., Any]) -> dict[str, Any]:

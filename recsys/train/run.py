@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -161,7 +161,18 @@ class Run:
         return load_tensors(self.folder / known[name])
 
     def apply_selection(self, selection: Selection) -> None:
-        """Make the model physically smaller, and remember how."""
+        """Make the model physically smaller, and remember how.
+
+        Raises:
+            RecipeError: rows are chosen by the ids of other vocabularies.
+        """
+        by_id = bool(selection.rows or selection.elements)
+        if by_id and selection.vocabulary not in ("", self.encoder.digest):
+            raise RecipeError(
+                f"{self.stage}: the rows to keep were chosen by the ids of other vocabularies than those of this run; "
+                "train on the same data, or choose whole fields"
+            )
+        selection = replace(selection, vocabulary=self.encoder.digest)
         path = self.stage_folder / "selection.safetensors"
         if self.world.leads:
             with replacing(path) as temporary:
