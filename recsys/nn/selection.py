@@ -103,7 +103,7 @@ def load_selection(path: Path) -> Selection:
         raise RunError(f"{path}: not a selection file (format {meta.get('format')!r}, expected {FORMAT!r})")
     masks = {name: _unpacked(bits, meta["shapes"][name]) for name, bits in packed.items()}
     parts = (_masks(masks, kind) for kind in ("rows/", "dims/", "elements/"))
-    return Selection(tuple(meta["fields"]), *parts, vocabulary=meta["vocabulary"])
+    return Selection(tuple(meta["fields"]), *parts, vocabulary=meta.get("vocabulary", ""))
 
 
 def _packed(mask: Tensor) -> Tensor:
