@@ -18,7 +18,7 @@ from recsys.api import (
     Stored,
     Table,
     hookimpl,
-    keep_within,
+    keep_most,
     pruned_table,
     require_room,
 )
@@ -38,7 +38,8 @@ class DNIS(Table):
     used equally often are never divided. The stage `count_rows` counts them. The stage `bilevel_fit` then moves α by
     α_l ← clip(α_l − r · g_l / mean_k |g_lk|, 0, 1) with g the gradient of the loss of a validation batch plus that of
     `l1` · Σ α; everywhere else α stays as it is, one at first. `prune` keeps the largest |α_lk e_k| of the whole table
-    that fit into the budget, and α is part of what it stores.
+    that fit into the budget, or the rows with the most of them where these are more for the same bytes; α is part of
+    what it stores.
 
     How α is moved says that a gate can walk from one to zero in 1/r steps of one mind, whatever the loss gains: it is
     no measure of importance by itself. Compare with `magnitude` and `frequency` at the same budget, and judge by the
@@ -136,7 +137,9 @@ class DNIS(Table):
         require_room(self.schema, self.fields.dim, self.budget, stored)
 
     def kept(self) -> Selection:
-        """The largest numbers behind the gates that fit into the budget; what a gate shuts off is never kept.
+        """What keeps the most of Σ (α e)² within the budget: the largest numbers, or whole rows.
+
+        What a gate shuts off is zero in them.
 
         Raises:
             RecipeError: the rows are in no blocks yet.
@@ -145,7 +148,7 @@ class DNIS(Table):
         with torch.no_grad():
             gate = self.gates().index_select(0, self.block.int())
             size = torch.where(gate > 0, (self.weight * gate).abs(), -torch.inf)
-        return keep_within(self.schema, self.fields.dim, size, self.budget, self.stored)
+        return keep_most(self.schema, self.fields.dim, size, self.budget, self.stored)
 
     def prune(self, selection: Selection) -> Any:
         """Return the smaller table, of vectors that have passed the gates."""

@@ -17,6 +17,7 @@ from recsys.api import (
     Stored,
     Table,
     hookimpl,
+    keep_most,
     keep_within,
     require_room,
 )
@@ -85,8 +86,8 @@ class MagnitudeTable(Table):
         require_room(self.schema, self.fields.dim, self.budget, stored)
 
     def kept(self) -> Selection:
-        """The largest numbers that fit into the budget."""
-        return keep_within(self.schema, self.fields.dim, self.weight.abs(), self.budget, self.stored)
+        """What keeps the most of Σ e² within the budget: the largest numbers, or whole rows."""
+        return keep_most(self.schema, self.fields.dim, self.weight.abs(), self.budget, self.stored)
 
     def get_extra_state(self) -> Tensor:
         """The number of steps, `[]`: kept by the host, which would else wait for a GPU in every step."""

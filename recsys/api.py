@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from recsys.data.hashing import hash_text, mix
     from recsys.data.sources import DataRoot
     from recsys.nn.addressed import Addressed, column_groups
-    from recsys.nn.budget import keep_within, pruned_bytes, require_room
+    from recsys.nn.budget import keep_most, keep_within, pruned_bytes, require_room
     from recsys.nn.dropout import Dropout
     from recsys.nn.entmax import entmax
     from recsys.nn.kept import Keep, Rank, kept_columns, places, widen
@@ -86,6 +86,7 @@ __all__ = [
     "entmax",
     "hash_text",
     "hookimpl",
+    "keep_most",
     "keep_within",
     "kept_columns",
     "label_bce",
@@ -124,6 +125,7 @@ _LAZY = {
     "compact": "recsys.nn.sparse",
     "entmax": "recsys.nn.entmax",
     "hash_text": "recsys.data.hashing",
+    "keep_most": "recsys.nn.budget",
     "keep_within": "recsys.nn.budget",
     "kept_columns": "recsys.nn.kept",
     "label_bce": "recsys.train.losses",

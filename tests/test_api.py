@@ -47,6 +47,7 @@ NAMES = [
     "entmax",
     "hash_text",
     "hookimpl",
+    "keep_most",
     "keep_within",
     "kept_columns",
     "label_bce",

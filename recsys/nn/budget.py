@@ -103,6 +103,36 @@ def keep_within(
     return _selection(layout, kept | (equal & (place <= count)))
 
 
+def keep_most(schema: EncodedSchema, dim: int, sizes: Tensor, budget: float, stored: Stored = "float32") -> Selection:
+    """Return what keeps the most of Σ size² within a budget: the largest single numbers, or the rows with the most.
+
+    Single numbers need bits that say which, rows do not: with few bits a number, or hardly any to leave out, rows win.
+
+    Args:
+        schema: of the inputs.
+        dim: embedding dimension D.
+        sizes: `[N, D]`, not negative; what has the size -inf is zero in a kept row, and never kept by itself.
+        budget: share of the bytes of the whole table of float32.
+        stored: how the stage `quantize` stores numbers afterwards; without one, float32.
+
+    Raises:
+        RecipeError: as of `keep_within`.
+    """
+    layout, squares = Layout.of(schema), sizes.detach().cpu().clamp(min=0.0).double().square()
+    numbers = keep_within(schema, dim, sizes, budget, stored)
+    rows = keep_within(schema, dim, squares.sum(1), budget, stored)
+
+    def kept(selection: Selection) -> float:
+        total = 0.0
+        for v, first in enumerate(layout.offsets):
+            name = layout.owners[v]
+            mask = selection.elements[name] if selection.elements else selection.rows[name].unsqueeze(1)
+            total += float((squares[first : first + len(mask)] * mask).sum())
+        return total
+
+    return rows if kept(rows) > kept(numbers) else numbers
+
+
 def _last(most: int, holds: Callable[[int], bool]) -> int:
     """The greatest n in `[-1, most]` that bisection finds with `holds(n)`, taken for granted at -1."""
     low, high = -1, most + 1

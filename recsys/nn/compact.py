@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from recsys.contracts import EncodedSchema, Fields, Selection
 from recsys.errors import DataError, did_you_mean, listing
+from recsys.nn.bits import WORD, count_below, pack_words
 from recsys.nn.layout import Column, Guard, Layout, index_for, scale
 from recsys.nn.reorder import Orders, Reordered, kept_first, moved
 
@@ -31,7 +32,7 @@ class CompactTable(nn.Module):
 
     A vocabulary block keeps k rows of d dimensions: k·d numbers. The flat storage starts with D zeros, to which
     everything that was dropped points, and which get no gradient; so outputs are `[B, F, D]` as before, with exact
-    zeros. A block that lost rows has a map of the narrowest integer type from id to row.
+    zeros. A block that lost rows has two bits for each id, of which its row is counted.
 
     Columns that share a vocabulary may keep different parts of it; the block then stores what any of them keeps.
     History columns are called `group.column`; a selection that does not name them keeps all that they read.
@@ -136,7 +137,9 @@ class CompactTable(nn.Module):
 class _Part:
     """Where one column finds its rows: the block's first element and width, its id map, its dimensions."""
 
-    def __init__(self, column: Column, block: tuple[int, int, Tensor], slot_map: int, limit: int, dims: Tensor) -> None:
+    def __init__(
+        self, column: Column, block: tuple[int, int, Tensor], slot_map: tuple[int, int], limit: int, dims: Tensor
+    ) -> None:
         self.column = column
         self.first, self.width, block_dims = block
         self.slot_map, self.limit = slot_map, limit
@@ -179,25 +182,33 @@ class Slots(nn.Module):
 
     Args:
         columns: the columns.
-        where: place of each column's id map, -1 if it needs none.
-        limits: without a map, ids below this are rows of the block, and the others are gone.
+        where: for each column the first words of the bits of its block and of its own; -1 if it needs none.
+        limits: without bits, ids below this are rows of the block, and the others are gone.
     """
 
-    def __init__(self, columns: Sequence[Column], where: Sequence[int], limits: Sequence[int]) -> None:
+    def __init__(self, columns: Sequence[Column], where: Sequence[tuple[int, int]], limits: Sequence[int]) -> None:
         super().__init__()
         self.guard = Guard(columns)
-        self.slot_map: Tensor
+        self.block: Tensor
+        self.own: Tensor
         self.limit: Tensor
-        self.register_buffer("slot_map", torch.tensor(where, dtype=torch.int64), persistent=False)
-        self.register_buffer("limit", torch.tensor(limits, dtype=torch.int64), persistent=False)
+        self.same = all(block == own for block, own in where)
+        tables = {"block": [b for b, _ in where], "own": [o for _, o in where], "limit": list(limits)}
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
 
     def forward(self, ids: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """`[..., C] -> slot [..., C], guarded ids [..., C]`."""
         safe: Tensor = self.guard(ids)
-        mapped = self.slot_map >= 0
-        place = torch.where(mapped, self.slot_map + safe, 0)
-        found = slots.index_select(0, place.flatten()).view(place.shape).long() - 1
+        mapped, bit = self.block >= 0, safe & 63
+        words, before = self._read(slots, torch.where(mapped, self.block + (safe >> 6), 0)).unbind(-1)
+        own = words if self.same else self._read(slots, torch.where(mapped, self.own + (safe >> 6), 0))[..., 0]
+        found = torch.where((own >> bit) & 1 > 0, before + count_below(words, bit), -1)
         return torch.where(mapped, found, torch.where(safe < self.limit, safe, -1)), safe
+
+    def _read(self, slots: Tensor, at: Tensor) -> Tensor:
+        """`[..., C] -> [..., C, 2]`."""
+        return slots.index_select(0, at.flatten()).view(*at.shape, 2)
 
 
 def keep_masks(layout: Layout, dim: int, selection: Selection) -> list[tuple[Tensor, Tensor]]:
@@ -301,49 +312,53 @@ def _pack(
     return blocks, torch.cat(pieces)
 
 
-def slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> tuple[Tensor, list[int], list[int]]:
-    """Id maps, back to back (0 = gone, else 1 + row in the block); each column's limit, and where its map starts.
+Places = list[tuple[int, int]]
 
-    A column needs no map (-1) when it keeps its first ids, and nothing before them is missing from the block.
+
+def slot_maps(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> tuple[Tensor, list[int], Places]:
+    """Bits of the kept ids, back to back; each column's limit, and where the bits of its block and its own start.
+
+    `[W, 2]` int64: 64 bits, and how many of the set stand before them. The first word is empty. A column needs none
+    (-1) when it keeps its first ids, and nothing before them is missing from the block.
     """
     needed, limits, where = _needed_maps(columns, kept, sizes)
-    maps = [torch.where(rows, union.cumsum(0)[: len(rows)], 0) for rows, union in needed]
-    slots = torch.cat([torch.zeros(1, dtype=torch.int64), *maps])
-    return slots.to(_narrowest(int(slots.max()))), limits, where
+    packed = [torch.stack(pack_words(rows), 1) for rows in needed]
+    return torch.cat([torch.zeros(1, 2, dtype=torch.int64), *packed]), limits, where
 
 
 def _needed_maps(
     columns: Sequence[Column], kept: Masks, sizes: Sequence[int]
-) -> tuple[list[tuple[Tensor, Tensor]], list[int], list[int]]:
-    """The (kept rows, rows of the block) of each map that is needed; limits and starts as of `slot_maps`."""
-    needed: list[tuple[Tensor, Tensor]] = []
+) -> tuple[list[Tensor], list[int], Places]:
+    """The sets of rows of which bits are needed; limits and starts as of `slot_maps`."""
+    needed: list[Tensor] = []
     limits, where, length = [], [], 1
     done: dict[tuple[int, bytes], int] = {}
+
+    def place(vocabulary: int, rows: Tensor) -> int:
+        nonlocal length
+        key = (vocabulary, rows.numpy().tobytes())
+        if key not in done:
+            done[key] = length
+            needed.append(rows)
+            length += -(-len(rows) // WORD)
+        return done[key]
+
     for c, (rows, dims) in zip(columns, kept, strict=True):
         union, _ = _union(columns, kept, c.vocabulary, sizes[c.vocabulary])
         count = int(rows.sum()) if dims.any() else 0
         limits.append(count)
         if bool(rows[:count].all()) and bool(union[:count].all()):
-            where.append(-1)
+            where.append((-1, -1))
             continue
-        key = (c.vocabulary, rows.numpy().tobytes())
-        if key not in done:
-            done[key] = length
-            needed.append((rows, union))
-            length += c.rows
-        where.append(done[key])
+        whole = torch.zeros_like(union)
+        whole[: len(rows)] = rows
+        where.append((place(c.vocabulary, union), place(c.vocabulary, whole)))
     return needed, limits, where
 
 
-def _narrowest(top: int) -> torch.dtype:
-    return next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if top <= torch.iinfo(t).max)
-
-
 def slot_bytes(columns: Sequence[Column], kept: Masks, sizes: Sequence[int]) -> int:
-    """Bytes of the id maps that `slot_maps` makes."""
-    needed, _, _ = _needed_maps(columns, kept, sizes)
-    top = max((int(union[: int(rows.nonzero().max()) + 1].sum()) for rows, union in needed if rows.any()), default=0)
-    return (1 + sum(len(rows) for rows, _ in needed)) * _narrowest(top).itemsize
+    """Bytes of the bits that `slot_maps` makes."""
+    return 16 * (1 + sum(-(-len(rows) // WORD) for rows in _needed_maps(columns, kept, sizes)[0]))
 
 
 def compact_bytes(layout: Layout, dim: int, kept: Masks, number: int = 4) -> int:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.contracts import Selection
+from recsys.nn.bits import WORD, count_below, pack_words
 from recsys.nn.compact import element_masks, keep_masks
 from recsys.nn.layout import Column, Layout
-
-_WORD = 64
-_PAIRS, _FOURS, _BYTES, _ONES = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x0101010101010101
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class Rank(nn.Module):
         used = used.clone()
         used[0] |= not bool(used.any())  # a table without rows cannot be read
         stop = int(used.nonzero().max()) + 1
-        words = -(-stop // _WORD)
+        words = -(-stop // WORD)
         count = int(used.sum())
         self.direct = (stop - count) * row_bytes <= words * 12
         kept = torch.arange(stop) if self.direct else used.nonzero().squeeze(1)
@@ -181,30 +179,18 @@ class Rank(nn.Module):
         self.words: Tensor
         self.before: Tensor
         if not self.direct:
-            bits = np.zeros(words * _WORD, bool)
-            bits[:stop] = used[:stop].numpy()
-            packed = torch.from_numpy(np.packbits(bits, bitorder="little").view("<i8").astype(np.int64))
-            sums = torch.from_numpy(bits).view(words, _WORD).sum(1)
+            packed, before = pack_words(used[:stop])
             kind = torch.int32 if count < 2**31 else torch.int64
             self.register_buffer("words", packed, persistent=False)
-            self.register_buffer("before", (sums.cumsum(0) - sums).to(kind), persistent=False)
+            self.register_buffer("before", before.to(kind), persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[...] -> [...]` int64."""
         if not self.direct:
             at = (rows >> 6).flatten().clamp(max=self.words.shape[0] - 1)
             word = self.words.index_select(0, at).view(rows.shape)
-            below = word & ((torch.ones_like(rows) << (rows & 63)) - 1)
-            rows = self.before.index_select(0, at).view(rows.shape).long() + _count_bits(below)
+            rows = self.before.index_select(0, at).view(rows.shape).long() + count_below(word, rows & 63)
         return rows if self.whole else rows.clamp(max=self.kept.shape[0] - 1)
-
-
-def _count_bits(x: Tensor) -> Tensor:
-    """Number of ones in each int64. The shifts are arithmetic; what they bring in from the left is masked away."""
-    x = x - ((x >> 1) & _PAIRS)
-    x = (x & _FOURS) + ((x >> 2) & _FOURS)
-    x = (x + (x >> 4)) & _BYTES
-    return ((x * _ONES) >> 56) & 0xFF
 
 
 def widen(e: Tensor, place: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class ElementTable(nn.Module):
 class ElementReader(nn.Module):
     """From a column's own ids to rows of bits, and through them to numbers."""
 
-    def __init__(self, parts: Sequence[tuple[Column, int, int, int, int]], dim: int) -> None:
+    def __init__(self, parts: Sequence[tuple[Column, int, int, tuple[int, int], int]], dim: int) -> None:
         super().__init__()
         columns, base, own, where, limits = (list(x) for x in zip(*parts, strict=True)) if parts else ([],) * 5
         self.slots = Slots(columns, where, limits)

@@ -10,7 +10,7 @@ from test_sparse import selections
 
 from recsys.contracts import EncodedSchema, Field, Selection
 from recsys.errors import RecipeError
-from recsys.nn.budget import keep_within, pruned_bytes, require_room
+from recsys.nn.budget import keep_most, keep_within, pruned_bytes, require_room
 from recsys.nn.compact import CompactTable
 from recsys.nn.selection import both
 from recsys.nn.sparse import ElementTable
@@ -131,3 +131,20 @@ def test_a_budget_has_room_or_is_refused_with_the_least_possible_one(a, b, dim, 
     with pytest.raises(RecipeError, match=rf"constants alone take {least:,}: the least possible budget is (\S+)") as e:
         require_room(schema, dim, budget)
     assert float(str(e.value).split()[-1]) == pytest.approx(least / whole, rel=0.01)
+
+
+@pytest.mark.parametrize(("stored", "budget", "wanted"), [("int8", 0.24, "rows"), ("float32", 0.3, "elements")])
+def test_whole_rows_where_bits_would_cost_more_than_they_save(stored, budget, wanted):
+    torch.manual_seed(0)
+    schema = EncodedSchema((Field("a", 3000), Field("b", 1000)))
+    sizes = torch.randn(4000, 10).abs()
+    chosen = keep_most(schema, 10, sizes, budget, stored)
+    assert bool(chosen.elements) == (wanted == "elements")
+    assert pruned_bytes(schema, 10, chosen, stored) <= budget * 4 * 4000 * 10
+    squares = sizes.square()
+    kept = []
+    for scores in (sizes, squares.sum(1)):
+        one = keep_within(schema, 10, scores, budget, stored)
+        masks = one.elements or {name: m.unsqueeze(1).expand(-1, 10) for name, m in one.rows.items()}
+        kept.append(float((squares * torch.cat([masks["a"], masks["b"]])).sum()))
+    assert kept.index(max(kept)) == ("elements", "rows").index(wanted)

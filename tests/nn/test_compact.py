@@ -172,15 +172,14 @@ def test_state_round_trip_through_the_same_pruning():
         assert torch.equal(a, b)
 
 
-def test_the_slot_map_takes_wider_types_only_when_it_must():
-    def stored(keep):
-        rows = torch.arange(40_000) >= 40_000 - keep
-        table = Table(EncodedSchema((Field("a", 40_000),)), dim=1).prune(Selection(("a",), {"a": rows}))
-        ids = torch.tensor([[39_999], [40_000 - keep], [39_999 - keep], [0]])
-        assert (table(ids)[:, 0, 0] == 0).tolist() == [False, False, True, True]
-        return table.slots.dtype
-
-    assert [stored(n) for n in (255, 256, 32_767, 32_768)] == [torch.uint8, torch.int16, torch.int16, torch.int32]
+@pytest.mark.parametrize("keep", [1, 63, 64, 255, 32_768, 39_999])
+def test_rows_that_are_gone_cost_two_bits_an_id(keep):
+    rows = torch.arange(40_000) >= 40_000 - keep
+    whole = Table(EncodedSchema((Field("a", 40_000),)), dim=1, init_std=1.0)
+    table = whole.prune(Selection(("a",), {"a": rows}))
+    ids = torch.arange(40_000).unsqueeze(1)
+    assert torch.equal(table(ids)[:, 0, 0], whole.weight[:, 0] * rows)
+    assert table.slots.nbytes == 16 * (1 + 40_000 // 64)
 
 
 def test_unknown_names_and_wrong_sizes_are_named():
