@@ -200,15 +200,16 @@ class Pressure(torch.autograd.Function):
         for g, s in zip(torch.split(gate, size), torch.split(slope, size), strict=True):
             torch.mul(g, heat, out=s).sigmoid_()
             sums.append(s.sum())
-            s.mul_((1 - s).mul_(pressure * heat))
-        ctx.save_for_backward(slope)
+            s.addcmul_(s, s, value=-1)
+        ctx.save_for_backward(slope, pressure * heat)
         return torch.stack(sums).sum() * pressure
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """`[] -> [N]`."""
-        return gradient * ctx.saved_tensors[0], None, None
+        slope, scale = ctx.saved_tensors
+        return slope * (gradient * scale), None, None
 
 
 def _check_sizes(fields: Fields) -> None:
