@@ -90,9 +90,8 @@ class OptFS(nn.Module):
         self.register_buffer("offset", torch.tensor([0, *accumulate(fields.rows)][:-1]), persistent=False)
         self.register_buffer("progress", torch.zeros(()))
         self.register_buffer("level", torch.zeros((), dtype=torch.int64))  # t; T once it is decided
-        self.register_buffer("mean", torch.zeros(count))
-        self.register_buffer("square", torch.zeros(count))
-        self.register_buffer("steps", torch.zeros(()))
+        for name, size in {"mean": (count,), "square": (count,), "steps": ()}.items():
+            self.register_buffer(name, torch.zeros(size), persistent=False)  # of Adam, see get_extra_state
 
     def factor(self) -> float:
         """1 / σ(g⁽⁰⁾), by which all is multiplied that is kept."""
@@ -149,6 +148,17 @@ class OptFS(nn.Module):
             eps=self.eps,
             maximize=False,
         )
+
+    def get_extra_state(self) -> Tensor:
+        """The state of Adam, `[2 N + 1]`: for training alone, so no buffers that a model would be said to hold."""
+        return torch.cat([self.mean, self.square, self.steps.view(1)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from a state of Adam."""
+        count = len(self.gate)
+        self.mean.copy_(state[:count])
+        self.square.copy_(state[count:-1])
+        self.steps.copy_(state[-1])
 
     def reached(self) -> bool:
         """Never before the search ends: it has no best epoch, its last gates count."""

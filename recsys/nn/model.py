@@ -285,9 +285,11 @@ class Model(nn.Module):
         }
 
     def bytes(self) -> int:
-        """Bytes that a serving process must hold: the embedding's tables and all other state."""
+        """Bytes that a serving process must hold: the embedding's tables, all other parameters and saved buffers."""
         tables = self.embedding.export_tables().values()
-        others = [t for name, t in self.state_dict().items() if not name.startswith("embedding.")]
+        apart = ("embedding.", "_extra_state")  # the latter is what a part keeps for its training
+        state = self.state_dict().items()
+        others = [t for n, t in state if not n.startswith(apart[0]) and not n.endswith(apart[1])]
         return sum(t.nbytes for t in (*tables, *others))
 
 
