@@ -366,6 +366,15 @@ class Selector(Protocol):
         ...
 
 
+@runtime_checkable
+class Scaling(Protocol):
+    """A selector that multiplies all that it keeps by one number. What is left of it after `prune` does so too."""
+
+    def factor(self) -> float:
+        """The number; it depends on the options alone."""
+        ...
+
+
 class Sequence(Protocol):
     """Target and history to one vector. `kind: sequence`; the factory takes `width: int` (W) positionally."""
 

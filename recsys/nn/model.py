@@ -173,7 +173,8 @@ class Model(nn.Module):
         """Return a new, smaller model without the selector; this one stays as it is.
 
         Its predictions are, bit for bit, those of this model with the dropped parts of the embedding's output
-        multiplied by zero (the target of a history included). First-order weights stay.
+        multiplied by zero (the target of a history included). First-order weights stay, and so does the number by
+        which a `Scaling` selector multiplies what it keeps.
         """
         return self._with(self.embedding.prune(selection))
 
@@ -195,10 +196,11 @@ class Model(nn.Module):
         return model, selection
 
     def _with(self, embedding: contracts.Embedding) -> Model:
-        """A copy with another embedding, and without the selector."""
+        """A copy with another embedding, and without the selector but for its scale."""
         groups = [h.name for h in self.schema.histories]
         sequences = dict(zip(groups, cast("list[contracts.Sequence]", list(self.sequences)), strict=True))
-        device, selector = next(self.head.parameters()).device, KeepAll(self.embedding.fields)
+        scale = self.selector.factor() if isinstance(self.selector, contracts.Scaling) else 1.0
+        device, selector = next(self.head.parameters()).device, KeepAll(self.embedding.fields, scale=scale)
         return Model(
             self.schema,
             embedding,
@@ -283,9 +285,11 @@ class Model(nn.Module):
         }
 
     def bytes(self) -> int:
-        """Bytes that a serving process must hold: the embedding's tables and all other state."""
+        """Bytes that a serving process must hold: the embedding's tables, all other parameters and saved buffers."""
         tables = self.embedding.export_tables().values()
-        others = [t for name, t in self.state_dict().items() if not name.startswith("embedding.")]
+        apart = ("embedding.", "_extra_state")  # the latter is what a part keeps for its training
+        state = self.state_dict().items()
+        others = [t for n, t in state if not n.startswith(apart[0]) and not n.endswith(apart[1])]
         return sum(t.nbytes for t in (*tables, *others))
 
 

@@ -22,18 +22,26 @@ FORMAT = "recsys-selection-2"
 class KeepAll(nn.Module):
     """The selector that keeps everything.
 
-    Passes `e` on as it is; no parameters, no penalty.
+    Passes `e` on as it is, or times a number; no parameters, no penalty.
+
+    Args:
+        scale: the number. In the place of a selector that was pruned away: what that one gave to all that it kept.
     """
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: Fields, *, scale: float = 1.0) -> None:
         super().__init__()
         self.fields = fields
+        self.scale = scale
         self.none: Tensor
         self.register_buffer("none", torch.zeros(()), persistent=False)
 
     def forward(self, e: Tensor, ids: Tensor) -> Tensor:
         """`[B, F, D], [B, F] -> [B, F, D]`."""
-        return e
+        return e if self.scale == 1.0 else e * self.scale
+
+    def factor(self) -> float:
+        """The scale."""
+        return self.scale
 
     def penalty(self) -> Tensor:
         """Zero, `[]`."""

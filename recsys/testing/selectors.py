@@ -71,7 +71,8 @@ def checks(build: Callable[..., Any]) -> list[Check]:
         ),
         Check(
             "pruned_equals_masked",
-            "after anneal(1.0), in eval mode, pass on exactly what kept() names: gate 1 where kept, 0 elsewhere",
+            "after anneal(1.0), in eval mode, pass on exactly what kept() names: gate 1, or factor() if there is one, "
+            "where kept, 0 elsewhere",
             lambda: _pruned(subject),
         ),
     ]
@@ -139,7 +140,7 @@ def _pruned(subject: Subject) -> None:
             selection: Selection = modules.call(module, "kept")
             gated = module(model.embedding(batch.ids, None), batch.ids)
             smaller = model.prune(selection).eval()
-            pruned = smaller.embedding(batch.ids, None)
+            pruned = smaller.represent(batch.ids)
             modules.close(pruned, gated, f"the table pruned to {len(selection.fields)} of {len(fields)} fields", 1e-6)
             logits = model(batch)["label"]
             modules.close(smaller(batch)["label"], logits, "the pruned model's logits", 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from rich.table import Table as TextTable
 
 from recsys.contracts import Lasting, Metric, Named, Stage
-from recsys.errors import RecipeError
+from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.nn.layout import Layout
 from recsys.nn.model import Model
 from recsys.nn.reorder import Orders, renumbered
@@ -36,19 +37,36 @@ class Rewind:
 
     Args:
         to: name of the fit stage that kept a snapshot (`snapshot_epoch`).
+        keep: names of parameters that stay as they are, such as `interactions.0.bias`; `*` stands for any part of one.
     """
 
     name = "rewind"
 
-    def __init__(self, *, to: str) -> None:
+    def __init__(self, *, to: str, keep: tuple[str, ...] = ()) -> None:
         self.to = to
+        self.keep = keep
 
     def run(self, run: Run) -> None:
         """Load the snapshot into `run.model`."""
         if run.state["selections"]:
             raise RecipeError(f"{run.stage}: rewind after prune would undo the pruning; put it before")
-        _load_all_but_decisions(run.model, run.snapshot(self.to))
+        stay = [name for pattern in self.keep for name in self._matching(run, pattern)]
+        now = run.model.state_dict()
+        _load_all_but_decisions(run.model, {**run.snapshot(self.to), **{name: now[name] for name in stay}})
         run.keep_weights()
+
+    def _matching(self, run: Run, pattern: str) -> list[str]:
+        """The parameters with such names.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        known = [name for name, _ in run.model.named_parameters()]
+        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            hint = f"{did_you_mean(pattern, known)} Parameters: {listing(known)}"
+            raise RecipeError(f"{run.stage}: keep: no parameter is called '{pattern}'.{hint}")
+        return found
 
 
 class Reset:

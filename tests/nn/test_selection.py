@@ -91,3 +91,11 @@ def test_keep_all_is_the_identity():
     assert is_everything(selector.kept(), FIELDS)
     assert {k: v.item() for k, v in selector.scores().items()} == dict.fromkeys(FIELDS.names, 1.0)
     assert not selector.state_dict()
+
+
+def test_a_scale_multiplies_and_changes_no_decision():
+    e = torch.randn(4, 3, 3)
+    assert torch.equal(KeepAll(FIELDS)(e, e), e)
+    assert torch.equal(KeepAll(FIELDS, scale=1.5)(e, e), e * 1.5)
+    assert KeepAll(FIELDS, scale=1.5).factor() == 1.5
+    assert is_everything(KeepAll(FIELDS, scale=1.5).kept(), FIELDS)

@@ -47,6 +47,26 @@ class Gate(nn.Module):
         return dict(zip(self.fields.names, self.logit.detach().unbind(), strict=True))
 
 
+class Doubled(Gate):
+    """Sound: what it keeps is twice as large, and it says so."""
+
+    def gate(self) -> Tensor:
+        return 2 * super().gate()
+
+    def factor(self) -> float:
+        return 2.0
+
+
+class FactorForgotten(Gate):
+    def gate(self) -> Tensor:
+        return 2 * super().gate()
+
+
+class FactorLies(Doubled):
+    def factor(self) -> float:
+        return 3.0
+
+
 class KeptLies(Gate):
     def kept(self) -> Selection:
         return Selection(self.fields.names)
@@ -124,10 +144,13 @@ class ScoresMissing(Gate):
 
 SOUND: list[tuple[Any, Any]] = [
     ("selector", Gate),
+    ("selector", Doubled),
 ]
 
 FAULTS: list[tuple[Any, Any, set[str]]] = [
     ("selector", KeptLies, {"pruned_equals_masked"}),
+    ("selector", FactorForgotten, {"pruned_equals_masked"}),
+    ("selector", FactorLies, {"pruned_equals_masked"}),
     ("selector", StaysSoft, {"pruned_equals_masked"}),
     ("selector", DropsRowsInSecret, {"pruned_equals_masked"}),
     ("selector", PythonPenalty, {"penalty"}),

@@ -154,6 +154,29 @@ def test_rewind_gives_the_snapshot_back_but_not_the_selector(plugin: Path, tmp_p
     assert not torch.equal(fitted["embedding.weight"], snapshot["embedding.weight"])
 
 
+def test_rewind_leaves_alone_what_it_is_told_to_keep(plugin: Path, tmp_path: Path) -> None:
+    rewind = "{use: rewind, to: search, keep: ['interactions.*.bias', head.weight]}"
+    stages = f"stages=[{{use: fit, name: search, snapshot_epoch: 1}}, {rewind}]"
+    run, recipe, registry = start(plugin, tmp_path, stages)
+    run_stages(run, recipe, registry)
+    fitted = load_file(run.folder / "1-search" / "model.safetensors")
+    snapshot = load_file(run.folder / "1-search" / "snapshot.safetensors")
+    stayed = set()
+    for name, tensor in run.model.state_dict().items():
+        stays = name == "head.weight" or (name.startswith("interactions.") and name.endswith(".bias"))
+        if not name.startswith("selector."):
+            assert torch.equal(tensor, (fitted if stays else snapshot)[name]), name
+            stayed |= {name} if stays and not torch.equal(fitted[name], snapshot[name]) else set()
+    assert len(stayed) > 1
+
+
+def test_rewind_knows_the_names_of_parameters(plugin: Path, tmp_path: Path) -> None:
+    stages = "stages=[{use: fit, name: a, epochs: 1, snapshot_epoch: 0}, {use: rewind, to: a, keep: [head.wieght]}]"
+    run, recipe, registry = start(plugin, tmp_path, stages)
+    with pytest.raises(RecipeError, match=r"no parameter is called 'head\.wieght'. Did you mean 'head\.weight'"):
+        run_stages(run, recipe, registry)
+
+
 def test_snapshot_zero_is_the_initial_model_and_reset_goes_back_to_it(plugin: Path, tmp_path: Path) -> None:
     stages = "stages=[{use: fit, name: a, snapshot_epoch: 0}, {use: reset}]"
     run, recipe, registry = start(plugin, tmp_path, stages)
