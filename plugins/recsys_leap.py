@@ -147,11 +147,7 @@ class LeAP(nn.Module):
 
     def shuffled(self, x: Tensor) -> Tensor:
         """Every block of columns in an order of rows of its own, `[B, G, W] -> [B, G, W]`."""
-        rows, blocks, _ = x.shape
-        draw = shifts if self.copies == "shift" else permutations
-        order = draw(rows, blocks, x.device)  # [B, G]
-        place = order * blocks + torch.arange(blocks, device=x.device)
-        return x.flatten(0, 1).index_select(0, place.flatten()).view_as(x)
+        return shifted(x) if self.copies == "shift" else permuted(x)
 
     @torch.no_grad()
     def _observe(self, difference: Tensor) -> None:
@@ -285,22 +281,37 @@ class LeAP(nn.Module):
         return {"polarisation": polarisation, "kept_by": rule, "steps": int(self.steps), "fields": table}
 
 
-def shifts(rows: int, blocks: int, device: torch.device) -> Tensor:
-    """Source rows, `[B, G]`: along one random circle of the rows, each block shifted by its own distance below B.
+def shifted(x: Tensor) -> Tensor:
+    """Along one random circle of the rows, block g from g + 1 rows further on, `[B, G, W] -> [B, G, W]`.
 
-    No row is its own source, and no two blocks have the same source for a row as long as G < B.
+    No row is its own source, and no two blocks have the same source for a row as long as G < B. For one row, any
+    sources are as likely as any others, since the circle is random. Rows are moved whole, twice; the shift between is a
+    view of the rows with another stride, so that many narrow blocks cost what a few wide ones do.
     """
-    circle = torch.randperm(rows, device=device)
+    rows, blocks, width = x.shape
+    circle = torch.randperm(rows, device=x.device)
     place = torch.empty_like(circle)
-    place[circle] = torch.arange(rows, device=device)
-    far = max(rows - 1, 1)
-    distance = (1 + torch.randperm(far, device=device))[torch.arange(blocks, device=device) % far]
-    return circle[(place.unsqueeze(1) + distance) % rows]
+    place[circle] = torch.arange(rows, device=x.device)
+    if blocks >= rows:  # more blocks than distances
+        distance = 1 + torch.arange(blocks, device=x.device) % max(rows - 1, 1)
+        return taken(x, circle[(place.unsqueeze(1) + distance) % rows])
+    along = x.index_select(0, circle)
+    along = torch.cat([along, along[:blocks]])  # [B + G, G, W]
+    row = blocks * width
+    return along.as_strided((rows, blocks, width), (row, row + width, 1), row).contiguous().index_select(0, place)
 
 
-def permutations(rows: int, blocks: int, device: torch.device) -> Tensor:
-    """Source rows, `[B, G]`: a permutation for each block; drawn one by one, which is much faster than by sorting."""
-    return torch.stack([torch.randperm(rows, device=device) for _ in range(blocks)], 1)
+def permuted(x: Tensor) -> Tensor:
+    """By a permutation for each block, drawn one by one, much faster than by sorting, `[B, G, W] -> [B, G, W]`."""
+    rows, blocks, _ = x.shape
+    return taken(x, torch.stack([torch.randperm(rows, device=x.device) for _ in range(blocks)], 1))
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """Each block from the rows of its own, `[B, G, W], [B, G] -> [B, G, W]`."""
+    blocks = x.shape[1]
+    place = order * blocks + torch.arange(blocks, device=x.device)
+    return x.flatten(0, 1).index_select(0, place.flatten()).view_as(x)
 
 
 @hookimpl

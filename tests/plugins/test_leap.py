@@ -20,7 +20,7 @@ from recsys.recipe.check import find_recipe, load_recipe
 from recsys.recipe.execute import run_stages
 from recsys.testing import contract
 from recsys.train.distributed import World
-from recsys_leap import LeAP, permutations, shifts
+from recsys_leap import LeAP, permuted, shifted
 
 F, D = 4, 3
 FIELDS = Fields(tuple(f"f{i}" for i in range(F)), (9,) * F, D)
@@ -126,34 +126,45 @@ def test_the_copy_carries_no_gradient_and_the_gate_the_published_one():
     assert (found[1] - inner * 5 * g * (1 - g)).abs().max() <= 1e-12
 
 
-@settings(max_examples=30, deadline=None)
+def order_of(draw, rows, blocks):
+    """Source rows `[B, G]`."""
+    x = torch.arange(rows * blocks * 2).view(rows, blocks, 2)
+    moved = draw(x)
+    assert torch.equal(moved[..., 1], moved[..., 0] + 1), "blocks move whole"
+    assert torch.equal(moved[..., 0] // 2 % blocks, torch.arange(blocks).expand(rows, -1)), "and stay in their columns"
+    return moved[..., 0] // (2 * blocks)
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 99))
 def test_shifts_are_permutations_without_fixed_rows_and_differ_between_fields(rows, blocks, seed):
     torch.manual_seed(seed)
-    for draw in (shifts, permutations):
-        order = draw(rows, blocks, torch.device("cpu"))
+    for draw in (shifted, permuted):
+        order = order_of(draw, rows, blocks)
         assert torch.equal(order.sort(0).values, torch.arange(rows).unsqueeze(1).expand(-1, blocks))
-    order = shifts(rows, blocks, torch.device("cpu"))
+    order = order_of(shifted, rows, blocks)
     if rows > 1:
         assert not (order == torch.arange(rows).unsqueeze(1)).any()
     if blocks < rows:
         assert all(len(set(row)) == blocks for row in order.tolist()), "no two fields come from one row"
 
 
-@pytest.mark.parametrize("copies", COPIES)
-def test_every_pair_of_rows_is_as_likely_as_any_other(copies):
-    """Also of any field: a shift that were the same in every step would leave pairs out."""
+@pytest.mark.parametrize("draw", [shifted, permuted])
+def test_any_sources_of_two_fields_are_as_likely_as_any_others(draw):
     torch.manual_seed(0)
     rows, draws = 4, 6000
-    draw = shifts if copies == "shift" else permutations
-    counts = torch.zeros(rows, rows)
+    counts = torch.zeros(rows, rows, rows)
     for _ in range(draws):
-        counts[torch.arange(rows), draw(rows, 2, torch.device("cpu"))[:, 1]] += 1
-    others = rows - 1 if copies == "shift" else rows
-    expected = torch.full((rows, rows), draws / others)
-    if copies == "shift":
-        expected.fill_diagonal_(0)
-    assert ((counts - expected).abs() < 5 * (draws / others) ** 0.5).all()
+        order = order_of(draw, rows, 3)
+        counts[torch.arange(rows), order[:, 0], order[:, 2]] += 1
+    possible = torch.ones(rows, rows, rows, dtype=torch.bool)
+    if draw is shifted:
+        b = torch.arange(rows)
+        first, second = b.view(1, -1, 1), b.view(1, 1, -1)
+        possible = (first != b.view(-1, 1, 1)) & (second != b.view(-1, 1, 1)) & (first != second)
+    expected = draws * rows / int(possible.sum())
+    assert not counts[~possible].any()
+    assert ((counts[possible] - expected).abs() < 5 * expected**0.5).all()
 
 
 @pytest.mark.parametrize("copies", COPIES)
