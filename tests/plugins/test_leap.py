@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -475,3 +477,30 @@ def test_first_order_weights_that_pass_the_gates_by_are_told(tmp_path):
     run, recipe, registry = start(tmp_path, "stages=[{use: fit, epochs: 1}]", "model.head.wide=true")
     run_stages(run, recipe, registry)
     assert "do not pass the gates of leap" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("first", ["{use: bilevel_fit, rate: 0.1}", "{use: fit, name: search}"])
+def test_two_processes_find_one_set_of_gates_and_train_what_is_left(tmp_path, first):
+    level = "null" if "bilevel" in first else "0.1"
+    changes = ("data.source.rows=3000", "train.batch_size=250", "train.epochs=2", "train.devices=2", "train.threads=1")
+    changes += (f"model.selector={{use: leap, one_level: {level}}}", "train.accelerator=cpu", "model.head.wide=false")
+    stages = f"stages=[{first}, {{use: reset}}, {{use: prune}}, {{use: fit, epochs: 1}}, {{use: evaluate}}]"
+    command = [
+        sys.executable,
+        "-m",
+        "recsys.cli",
+        "train",
+        "quickstart",
+        *changes,
+        stages,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (told,) = (json.loads(path.read_text()) for path in (tmp_path / "run").glob("1-*/gates.json"))
+    assert len({found["gate"] for found in told["fields"].values()}) > 1
+    assert 0.4 < told["without_the_rest"]["auc"] < 1
+    trained = load_file(tmp_path / "run" / "4-fit" / "model.safetensors")
+    assert all(bool(t.isfinite().all()) for t in trained.values() if t.is_floating_point())
