@@ -42,8 +42,8 @@ class BilevelFit:
 
     An epoch reads the training rows once, and the validation rows as often as that takes. The best epoch is the one of
     the smallest logloss on the validation split; epochs that are not better lower the learning rate as in a fit stage,
-    and `patience` such epochs in a row end the stage. Batches are not divided into
-    micro-batches. What validation rows have chosen has to be judged on others.
+    and `patience` such epochs in a row end the stage. Parts with a target are trained until it is reached, as in a fit
+    stage. Batches are not divided into micro-batches. What validation rows have chosen has to be judged on others.
 
     Args:
         epochs: most epochs; by default `train.epochs`.
@@ -112,13 +112,16 @@ def _epochs(run: Run, search: Search, epochs: int, patience: int) -> tuple[list[
         scores |= {f"valid/{name}": value for name, value in _score(run).items()}
         values = [value for name, value in scores.items() if name.endswith("logloss") and not math.isnan(value)]
         now = sum(values) / len(values)
-        better = now < least - run.train.min_delta
+        reached = run.model.reached()
+        better = reached is not None or now < least - run.train.min_delta
         history.append(scores)
         shown = "  ".join(f"{name} {value:.5f}" for name, value in scores.items() if name != "learning_rate")
         run.say(f"{run.stage} · epoch {epoch + 1}: {shown}{'  *' if better else ''}")
         if better:
             best, least, without_gain = epoch + 1, now, 0
             state = {name: t.detach().clone() for name, t in run.model.state_dict().items()}
+            if reached:
+                break
             continue
         without_gain += 1
         if without_gain % run.train.plateau_patience == 0:

@@ -267,7 +267,7 @@ class Lasting(Protocol):
 
 @runtime_checkable
 class Targeted(Protocol):
-    """A part that a fit stage trains until it has reached something, such as a size in bytes.
+    """A part that a fit stage, or a bilevel search, trains until it has reached something, such as a size in bytes.
 
     Until then no epoch is the best one and the stage does not lose patience; it ends with the first epoch after which
     every target is reached, or with its last one, and keeps the weights of that epoch.
@@ -319,7 +319,7 @@ class Searched(Protocol):
     """A part with parameters that a bilevel search learns on validation rows, and nothing else changes."""
 
     def architecture(self) -> tuple[Any, ...]:
-        """The parameters; a fit stage leaves them alone."""
+        """The parameters; a fit stage leaves them alone. Empty: there is nothing to search."""
         ...
 
     def search_step(self, rate: float) -> None:

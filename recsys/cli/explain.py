@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,28 +37,32 @@ def command(
     without: Without = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as one JSON object.")] = False,
 ) -> None:
-    """Show what the interactions of a trained run looked at: importance, attention, crosses of fields.
+    """Show what the parts of a trained run looked at: importance, attention, crosses of fields.
 
     `recsys explain runs/mine --split test --rows 4096 --top 5`
 
     Each interaction says itself what there is to show; `recsys show NAME` describes it. Values of rows are averaged
     over the rows; where signs could cancel out, the mean of the absolute values stands beside the mean. The tables
     average over heads and neurons, `--json` keeps them apart. A dimension as long as there are fields is taken for
-    the fields.
+    the fields. Where a selector has looked for the fields that matter, its scores come first, also when it is pruned
+    away.
     """
     registry = open_registry(plugin, without)
     from recsys.nn.model import Model
     from recsys.recipe.build import load_trained
     from recsys.report.explain import explain
+    from recsys.train.stages import selector_scores
 
     console = make_console(stderr=as_json)
     recipe, trained, _ = load_trained(run, registry, console)
     batch, fewer = _first_rows(recipe, trained, registry, split, rows, data_root)
     names = Model.consumer_fields(trained.schema, trained.model.embedding).names
-    shown = explain(trained.model, batch, fewer)
+    shown, scores = explain(trained.model, batch, fewer), selector_scores(trained)
     if as_json:
-        _print_json(run, split, len(batch), names, shown)
+        _print_json(run, split, len(batch), names, shown, scores)
         return
+    if scores:
+        console.print(_table_of_scores(scores, top))
     if not shown:
         console.print("the interactions of this run have nothing to show")
     for part, group in itertools.groupby(shown, key=lambda s: s.part):
@@ -99,13 +103,16 @@ def _enough(blocks: Iterator[EncodedColumns], count: int) -> Iterator[EncodedCol
             return
 
 
-def _print_json(run: Path, split: str, rows: int, names: Sequence[str], shown: Sequence[Shown]) -> None:
+def _print_json(
+    run: Path, split: str, rows: int, names: Sequence[str], shown: Sequence[Shown], scores: Mapping[str, float]
+) -> None:
     import json
 
     parts: dict[str, dict[str, object]] = {}
     for s in shown:
         parts.setdefault(s.part, {})[s.name] = s.plain()
-    print(json.dumps({"run": str(run), "split": split, "rows": rows, "fields": list(names), "interactions": parts}))
+    told = {"run": str(run), "split": split, "rows": rows, "fields": list(names), "interactions": parts}
+    print(json.dumps(told | ({"selector": dict(scores)} if scores else {})))
 
 
 def _tables(group: Sequence[Shown], names: Sequence[str], top: int) -> Iterator[Table]:
@@ -120,6 +127,13 @@ def _tables(group: Sequence[Shown], names: Sequence[str], top: int) -> Iterator[
             yield _table_of_fields(s, names, top)
         elif s.mean.dim() <= 1 and s.name not in beside:
             yield _table_of_numbers(s)
+
+
+def _table_of_scores(scores: Mapping[str, float], top: int) -> Table:
+    table = _table("selector", ["field", "score"])
+    for name, score in sorted(scores.items(), key=lambda item: -item[1])[:top]:
+        table.add_row(name, _number(score))
+    return table
 
 
 def _table_of_fields(s: Shown, names: Sequence[str], top: int) -> Table:

@@ -229,8 +229,8 @@ class Model(nn.Module):
         return [part for part in self._parts() if isinstance(part, contracts.Stepped)]
 
     def searched(self) -> list[contracts.Searched]:
-        """The parts with something that a bilevel search learns."""
-        return [part for part in self._parts() if isinstance(part, contracts.Searched)]
+        """The parts with something that a bilevel search learns; one may have it or not, as its options say."""
+        return [part for part in self._parts() if isinstance(part, contracts.Searched) and part.architecture()]
 
     def counting(self) -> list[contracts.Counting]:
         """The parts that want to know how often each id is used."""
@@ -239,6 +239,12 @@ class Model(nn.Module):
     def targeted(self) -> list[contracts.Targeted]:
         """The parts that may have a target for a fit stage to reach."""
         return [part for part in self._parts() if isinstance(part, contracts.Targeted)]
+
+    def reached(self) -> bool | None:
+        """Whether all parts with a target have reached it; None if none has one."""
+        answers = [part.reached() for part in self.targeted()]
+        known = [answer for answer in answers if answer is not None]
+        return all(known) if known else None
 
     def quantized(self, stored: Stored) -> Model:
         """Return a new model with the embedding's numbers in fewer bits; this one stays as it is.
@@ -270,6 +276,12 @@ class Model(nn.Module):
         """What the selector keeps, and the embedding, where it decides."""
         chosen = self.selector.kept()
         return both(chosen, self.embedding.kept()) if isinstance(self.embedding, contracts.Deciding) else chosen
+
+    def scores(self) -> dict[str, float]:
+        """Field → importance, as the selector sees it, the mean where it scores values; empty without a selector."""
+        if isinstance(self.selector, KeepAll):
+            return {}
+        return {name: float(score.mean()) for name, score in self.selector.scores().items()}
 
     def _parts(self) -> list[object]:
         return [self.embedding, self.selector, *self.sequences, *self.interactions]

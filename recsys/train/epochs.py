@@ -172,7 +172,7 @@ class Epochs(Callback):
             scores["train/skipped_steps"] = float(skipped)
         scores |= {f"valid/{name}": value for name, value in self._score().items()}
         self.history.append(scores)
-        reached = self._reached()
+        reached = self.run.model.reached()
         better = self._note(epoch, scores, aims=reached is not None)
         if not better and self.without_gain % self.options.plateau_patience == 0:
             for group in trainer.optimizers[0].param_groups:
@@ -230,12 +230,6 @@ class Epochs(Callback):
             return None
         sign = 1.0 if self.metrics[self.options.monitor].higher_is_better else -1.0
         return sign * sum(values) / len(values)
-
-    def _reached(self) -> bool | None:
-        """Whether all parts with a target have reached it; None if none has one."""
-        answers = [part.reached() for part in self.run.model.targeted()]
-        known = [answer for answer in answers if answer is not None]
-        return all(known) if known else None
 
     def _note(self, epoch: int, scores: Mapping[str, float], aims: bool) -> bool:
         """Note the best epoch so far; while parts aim at a target, that is the newest one."""

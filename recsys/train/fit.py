@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.nn.parallel import DistributedDataParallel
 
 from recsys.contracts import Metric
 from recsys.data.batches import TrainBatches
@@ -124,6 +125,9 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         clip_norm=options.clip_norm,
         accumulate=options.accumulate,
     )
+    # The back ends send no numbers of 16 bits; these are places in pruned tables, the same everywhere, and stay so.
+    unsent = [name for name, buffer in task.named_buffers() if buffer.dtype in (torch.int16, torch.uint16)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, unsent)  # type: ignore[no-untyped-call]
     with bar(run.console, disable=not run.world.leads) as progress:
         rows = FitProgress(progress, len(run.split("train")), first, options.epochs, run.stage)
         epochs.begin(task, EpochBatches(batches, first), progress)

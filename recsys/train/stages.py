@@ -17,7 +17,7 @@ from recsys.nn.layout import Layout
 from recsys.nn.model import Model
 from recsys.nn.reorder import Orders, renumbered
 from recsys.nn.selection import is_everything, save_selection
-from recsys.train.checkpoint import replacing, save_tensors, sha256, write_json
+from recsys.train.checkpoint import read_json, replacing, save_tensors, sha256, write_json
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
 from recsys.train.run import Run, Spec, no_snapshot
@@ -26,6 +26,8 @@ from recsys.train.score import measure, predict
 __all__ = ["CountRows", "Evaluate", "Export", "Fit", "Prune", "Quantize", "Reset", "Rewind", "check_order"]
 
 SELECTOR_PREFIX = "selector."
+SCORES = "scores.json"
+"""What the selector said of each field, in the folder of the stage that removed it."""
 
 
 class Rewind:
@@ -100,13 +102,15 @@ class Prune:
     def run(self, run: Run) -> None:
         """Replace `run.model` by its smaller version."""
         before = run.model.bytes()
-        selection = run.model.kept()
+        selection, scores = run.model.kept(), run.model.scores()
         whole = is_everything(selection, run.model.embedding.fields)
         run.apply_selection(selection)
         run.keep_weights()
         after = run.model.bytes()
         if run.world.leads:
             write_json(run.stage_folder / "prune.json", {"bytes_before": before, "bytes_after": after})
+            if scores:
+                write_json(run.stage_folder / SCORES, scores)
         nothing = " (everything is kept)" if whole else ""
         run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
 
@@ -228,6 +232,13 @@ class Export:
             run.exporter(spec).export(model, example.to(run.device), folder / _name(spec))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
         write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
+
+
+def selector_scores(run: Run) -> dict[str, float]:
+    """What the selector says of each field, or said before it was pruned away; empty if there was none."""
+    kept = [run.folder / name for name in run.state["selections"]]
+    written = [path.with_name(SCORES) for path in kept if path.with_name(SCORES).exists()]
+    return dict(read_json(written[-1])) if written else run.model.scores()
 
 
 def _orders(run: Run) -> Orders | None:

@@ -204,3 +204,24 @@ def test_mistakes_are_named(recsys: Command, trained: Callable[..., Path], tmp_p
     told = json.loads(recsys("explain", run, "--rows", 100_000, "--json"))
     assert told["rows"] == ROWS
     assert math.isfinite(told["interactions"]["0.FM"]["pairs"]["mean"][0][1])
+
+
+@pytest.mark.parametrize("stages", ["[{use: fit}]", "[{use: fit}, {use: prune}, {use: fit, name: again}]"])
+def test_a_selectors_scores_come_first_also_when_it_is_pruned_away(
+    recsys: Command, trained: Callable[..., Path], stages: str
+) -> None:
+    options = ("model.selector={use: leap, one_level: 0.1, warmup: 0, share: 0.67}", f"stages={stages}")
+    run = trained({"use": "mlp", "hidden": [16]}, *options, epochs=4)
+    told = json.loads(recsys("explain", run, "--json"))["selector"]
+    gates = json.loads((run / "1-fit" / "gates.json").read_text())["fields"]
+    assert told == {name: pytest.approx(gates[name]["gate"]) for name in FIELDS}
+    assert len(set(told.values())) == 3
+    text = recsys("explain", run, "--top", 2)
+    best = sorted(told, key=lambda name: -told[name])
+    assert text.index("selector") < text.index(best[0]) < text.index(best[1])
+    assert f"{told[best[0]]:.4g}" in text
+    assert best[2] not in text
+
+
+def test_without_a_selector_there_are_no_scores(recsys: Command, trained: Callable[..., Path]) -> None:
+    assert "selector" not in json.loads(recsys("explain", trained("mlp"), "--json"))

@@ -49,9 +49,27 @@ class Weighed(Table):
         with torch.no_grad():
             self.alpha.sub_(rate * self.alpha.grad).clamp_(0, 1)
 
+class Aiming(Weighed):
+    """Wants as many steps of the search."""
+
+    def __init__(self, schema, *, dim: int = 4, steps: int = 0) -> None:
+        super().__init__(schema, dim=dim)
+        self.wanted = steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def search_step(self, rate: float) -> None:
+        super().search_step(rate)
+        self.steps += 1
+
+    def reached(self) -> bool | None:
+        return int(self.steps) >= self.wanted if self.wanted > 0 else None
+
+    def architecture(self) -> tuple[nn.Parameter, ...]:
+        return (self.alpha,) if self.wanted >= 0 else ()
+
 @hookimpl
 def recsys_components():
-    return [Component("embedding", "weighed", Weighed)]
+    return [Component("embedding", "weighed", Weighed), Component("embedding", "aiming", Aiming)]
 '''
 
 BASE = (
@@ -252,6 +270,19 @@ def test_the_best_epoch_on_validation_stays_and_the_same_recipe_gives_the_same_b
     assert changed(made[0], made[1]) == set()
 
 
+@pytest.mark.parametrize(("steps", "epochs"), [(10**6, 6), (12, 2)])
+def test_a_part_with_a_target_is_searched_until_it_is_reached(plugin: Path, steps: int, epochs: int) -> None:
+    """Whatever the loss does: the recipe overfits, and would stop two epochs after its best one."""
+    changes = ("train.epochs=6", "train.learning_rate=0.05", "train.patience=2", "data.source.rows=3000")
+    run, recipe, registry = start(plugin, "run", *changes, f"model.embedding={{use: aiming, dim: 16, steps: {steps}}}")
+    run_stages(run, recipe, registry)
+    told = history(run)
+    assert told["best_epoch"] == len(told["epochs"]) == epochs
+    losses = [epoch["valid/logloss"] for epoch in told["epochs"]]
+    assert run.scores["valid"]["logloss"] == losses[-1]
+    assert epochs == 2 or losses[-1] > min(losses)
+
+
 def test_the_labels_of_validation_teach_the_architecture(plugin: Path) -> None:
     """One step with other labels in validation, from the same weights."""
     run, _, _ = start(plugin, "run")
@@ -270,6 +301,9 @@ def test_the_labels_of_validation_teach_the_architecture(plugin: Path) -> None:
 
 def test_what_cannot_be_searched_is_told(plugin: Path) -> None:
     run, _, _ = start(plugin, "run", "model.embedding={use: table, dim: 4}")
+    with pytest.raises(RecipeError, match="no part of the model has an architecture to search"):
+        BilevelFit().run(run)
+    run, _, _ = start(plugin, "run", "model.embedding={use: aiming, steps: -1}")  # its options leave nothing to search
     with pytest.raises(RecipeError, match="no part of the model has an architecture to search"):
         BilevelFit().run(run)
     run, _, _ = start(plugin, "run")

@@ -25,6 +25,7 @@ from recsys.recipe.check import Recipe, find_recipe, load_recipe
 from recsys.recipe.execute import run_stages
 from recsys.train.distributed import World
 from recsys.train.run import Run
+from recsys.train.stages import selector_scores
 
 PLUGIN = '''
 from __future__ import annotations
@@ -125,6 +126,11 @@ def test_prune_leaves_a_smaller_model_with_the_same_predictions(plugin: Path, tm
     assert run.model.bytes() < before["bytes"]
     told = json.loads((run.folder / "2-prune" / "prune.json").read_text())
     assert told == {"bytes_before": before["bytes"], "bytes_after": run.model.bytes()}
+    scores = json.loads((run.folder / "2-prune" / "scores.json").read_text())
+    gate = load_file(run.folder / "1-fit" / "model.safetensors")["selector.gate"]
+    assert scores == {f.name: pytest.approx(float(gate[i])) for i, f in enumerate(run.schema.fields)}
+    assert run.model.scores() == {}, "the selector is gone"
+    assert selector_scores(run) == scores
     exported = sum(t.nbytes for t in load_file(run.folder / "export" / "model.safetensors").values())
     trained = sum(t.nbytes for t in load_file(run.folder / "1-fit" / "model.safetensors").values())
     assert exported < trained

@@ -1,0 +1,372 @@
+"""LeAP: gates that mix every field with a copy of itself shuffled over the batch; useless fields do not mind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from recsys.api import Component, Fields, Run, Selection, hookimpl, measure, predict
+
+Weigh = Literal["l2", "l1", "l2sq", "uniform"]
+"""How a gate's divergence is measured; uniform: every gate costs the same."""
+Copies = Literal["shift", "independent"]
+Share = Annotated[float, pydantic.Field(gt=0, le=1)]
+
+SLOPE = 5.0
+"""g = σ(SLOPE · θ)."""
+MEMORY = 0.98
+"""Of the moving average of the divergence."""
+POLARISED = 0.8
+"""Mean 2|g − ½| above which the gates have decided by themselves."""
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a preset stands for."""
+
+    weigh: Weigh
+    strength: float
+    warmup: float
+    copies: Copies
+    by_rank: bool
+
+
+VARIANTS = {
+    "reconstruction": Variant("l2", 0.2, 0.1, "shift", by_rank=False),
+    "official": Variant("uniform", 0.1, 0.0, "independent", by_rank=True),
+}
+
+
+class LeAP(nn.Module):
+    """Gates between a field's vectors and the same vectors shuffled over the batch, with a price for open gates.
+
+    x'_bf = g_f x_bf + (1 − g_f) sg(x_{π_f(b) f}), g = σ(5θ), θ = 1 at first, π_f another permutation for every field in
+    every step. What a field loses by this is what a permutation test would say of it, found for all fields in one
+    training run; a weight behind the gate cannot make up for it, as it can for a factor. Gates pay λ · mean_f w_f g_f.
+
+    Published (the abstract, and the public code, which is the same as ShuffleGate's, arXiv 2503.09315): the mixing, the
+    gates, w = 1, one step of the weights on a training batch and one of the gates on a validation batch in turn, and
+    training again from scratch on the half of the fields with the largest gates. That is `preset: official`, with
+    `rate: 1e-3` of the stage `bilevel_fit`; but evaluation never shuffles here, as the code does.
+    Published in words alone: that a "permutation divergence" sets w, so that narrow and sparse fields are not dropped,
+    and wide ones not spared, for their shape. Our reconstruction: D_f = mean_b ‖x_bf − x_{π_f(b) f}‖, averaged over
+    steps; w_f = max(D_f / mean_k D_k, `floor`), means over what varies; the floor, λ, the warm-up, the step size, and
+    the rule of what is kept. The authors' formula and tables are not public: nothing here is claimed to equal them.
+
+    Kept is what has g > ½ once the gates are polarised, mean 2|g − ½| > 0.8; until then, and always with the official
+    preset, the `share` with the largest gates. Evaluation sees what is kept, and zeros elsewhere. The gates learn in
+    the stage `bilevel_fit`, or with `one_level` in a fit stage; either runs all of its `epochs` and keeps the last, for
+    the loss alone, without the price, would choose an early one. Every stage that moves gates writes `gates.json`: the
+    gates, how polarised they are, D_f ≈ r_f √d_f s_f (share of pairs that differ, width, spread of a coordinate), and
+    what the validation split says with shuffled copies in the place of all that is not kept.
+
+    Only scalar fields pass the gates: pooled histories, their targets and first-order weights do not. A field of fewer
+    dimensions comes with zeros in the others. With some forty fields a permutation test costs less than this search;
+    its case is hundreds.
+
+    "LeAP: Learnable Adaptive Permutation", arXiv 2606.01111; ShuffleGate, arXiv 2503.09315.
+
+    Args:
+        preset: reconstruction: divergence l2, λ 0.2, warm-up 0.1, shifted copies. official: uniform, λ 0.1 (its value
+            for MovieLens 1M; Avazu 0.005, Criteo 0.02), no warm-up, independent copies, always the best `share`.
+        weigh: l2, l1 or l2sq (squared): the norm in the divergence. uniform: w = 1. null: as the preset has it.
+        strength: λ. null: as the preset has it.
+        floor: least w; without it sparse noise has no reason to close its gate.
+        per: field: a gate for each field. dim: for each dimension of each field, shuffled on its own.
+        one_level: step size of gates that learn from training rows in a fit stage: one pass instead of two, but ids
+            that are learned by heart look useful. null: they wait for `bilevel_fit` and its `rate`.
+        warmup: share of the stage before the gates move. null: as the preset has it.
+        share: of the gates that are kept where they have not decided by themselves.
+        copies: shift: one permutation of the batch, in which every field is shifted by a number of its own; no row
+            meets itself. independent: a permutation for each field. null: as the preset has it.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        *,
+        preset: Literal["reconstruction", "official"] = "reconstruction",
+        weigh: Weigh | None = None,
+        strength: NonNegativeFloat | None = None,
+        floor: NonNegativeFloat = 0.1,
+        per: Literal["field", "dim"] = "field",
+        one_level: PositiveFloat | None = None,
+        warmup: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None,
+        share: Share = 0.5,
+        copies: Copies | None = None,
+    ) -> None:
+        super().__init__()
+        variant = VARIANTS[preset]
+        self.fields, self.floor, self.one_level, self.share = fields, floor, one_level, share
+        self.weigh = weigh or variant.weigh
+        self.strength = variant.strength if strength is None else strength
+        self.warmup = variant.warmup if warmup is None else warmup
+        self.copies, self.by_rank = copies or variant.copies, variant.by_rank
+        self.shape = (len(fields), 1) if per == "field" else (len(fields), fields.dim)
+        self.theta = nn.Parameter(torch.ones(self.shape))
+        self.progress: Tensor
+        self.divergence: Tensor
+        self.changed: Tensor
+        self.seen: Tensor
+        self.first: Tensor
+        self.second: Tensor
+        self.steps: Tensor
+        self.register_buffer("progress", torch.zeros(()))
+        self.register_buffer("divergence", torch.zeros(self.shape))
+        self.register_buffer("changed", torch.zeros(self.shape))  # r, the share of pairs that differ
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("first", torch.zeros(self.shape))  # Adam's moments of θ
+        self.register_buffer("second", torch.zeros(self.shape))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.estimates = False
+        self.steps_before = 0
+
+    def gates(self) -> Tensor:
+        """`[F, 1]`, or `[F, D]`."""
+        return torch.sigmoid(SLOPE * self.theta)
+
+    def forward(self, e: Tensor, ids: Tensor) -> Tensor:
+        """`[B, F, D], [B, F] -> [B, F, D]`."""
+        if not self.training and not self.estimates:
+            return torch.where(self.kept_gates(), e, 0.0)
+        x = e.reshape(len(e), self.theta.numel(), -1)  # [B, F, D], or [B, F·D, 1]
+        copy = self.shuffled(x.detach())
+        if self.estimates:
+            return torch.where(self.kept_gates().view(-1, 1), x, copy).view_as(e)
+        self._observe(x.detach() - copy)
+        return torch.lerp(copy, x, self.gates().view(-1, 1).to(x.dtype)).view_as(e)
+
+    def shuffled(self, x: Tensor) -> Tensor:
+        """Every block of columns in an order of rows of its own, `[B, G, W] -> [B, G, W]`."""
+        return shifted(x) if self.copies == "shift" else permuted(x)
+
+    @torch.no_grad()
+    def _observe(self, difference: Tensor) -> None:
+        """Take a batch's `x − copy [B, G, W]` into the moving averages."""
+        size = torch.linalg.vector_norm(difference, ord=1 if self.weigh == "l1" else 2, dim=2)  # [B, G]
+        changed = (size > 0).to(self.changed.dtype).mean(0).view(self.shape)
+        now = (size.square() if self.weigh == "l2sq" else size).mean(0).view(self.shape).to(self.divergence.dtype)
+        fresh = 1 - MEMORY * (self.seen > 0).to(self.divergence.dtype)
+        self.divergence.lerp_(now, fresh)
+        self.changed.lerp_(changed, fresh)
+        self.seen.add_(1)
+
+    def weights(self) -> Tensor:
+        """The price of each gate, w `[F, 1]` or `[F, D]`; one on average, before the floor."""
+        if self.weigh == "uniform":
+            return torch.ones_like(self.divergence)
+        mean = self.divergence.sum() / self._varying()
+        relative = torch.where(mean > 0, self.divergence / mean.clamp(min=torch.finfo(mean.dtype).tiny), 1.0)
+        return relative.clamp(min=self.floor)
+
+    def _varying(self) -> Tensor:
+        """How many gates have something to mix, `[]`: columns of zeros, or of any constant, do not count."""
+        count = (self.divergence > 0).sum()
+        return torch.where(count > 0, count, self.theta.numel())
+
+    def penalty(self) -> Tensor:
+        """λ · mean w g, `[]`."""
+        paid = (self.weights() * self.gates()).sum()
+        return self.strength * paid / (self.theta.numel() if self.weigh == "uniform" else self._varying())
+
+    def anneal(self, progress: float) -> None:
+        """Note how far the stage is, for the warm-up."""
+        self.progress.fill_(progress)
+
+    def architecture(self) -> tuple[nn.Parameter, ...]:
+        """θ, unless it learns in a fit stage."""
+        return () if self.one_level else (self.theta,)
+
+    def search_step(self, rate: float) -> None:
+        """Move θ by Adam, without decay, once the warm-up is over."""
+        if self.theta.grad is not None:
+            self._move(self.theta.grad, rate)
+
+    def own_parameters(self) -> tuple[nn.Parameter, ...]:
+        """θ, if it learns in a fit stage."""
+        return (self.theta,) if self.one_level else ()
+
+    def after_step(self) -> None:
+        """Move θ in a fit stage."""
+        if self.one_level and self.theta.grad is not None:
+            self._move(self.theta.grad, self.one_level)
+
+    @torch.no_grad()
+    def _move(self, g: Tensor, rate: float) -> None:
+        # No branch on the progress: reading it would wait for the device in every step.
+        moves = (self.progress >= self.warmup).to(g.dtype)
+        self.steps.add_(moves.long())
+        self.first.lerp_(g, moves * (1 - BETAS[0]))
+        self.second.lerp_(g.square(), moves * (1 - BETAS[1]))
+        count = self.steps.clamp(min=1).to(g.dtype)
+        mean, square = self.first / (1 - BETAS[0] ** count), self.second / (1 - BETAS[1] ** count)
+        self.theta.sub_(moves * rate * mean / (square.sqrt() + EPS))
+
+    def reached(self) -> bool | None:
+        """None before the gates move, then False: a stage that moves them keeps its last epoch."""
+        return None if int(self.steps) == 0 else False
+
+    def polarisation(self) -> Tensor:
+        """Mean 2|g − ½|, `[]`."""
+        return (2 * self.gates().detach() - 1).abs().mean()
+
+    def kept_gates(self) -> Tensor:
+        """`[F, 1]`, or `[F, D]`, bool; never nothing."""
+        theta = self.theta.detach()
+        best = theta.flatten().sort(descending=True).values
+        top = theta >= best[max(round(self.share * len(best)), 1) - 1]  # with ties, such as all of them at first
+        if self.by_rank:
+            return top
+        return torch.where(self.polarisation() > POLARISED, (theta > 0) | (theta >= best[0]), top)
+
+    def kept(self) -> Selection:
+        """The fields, and the dimensions where they have gates of their own."""
+        kept = self.kept_gates().cpu()
+        names = tuple(name for name, row in zip(self.fields.names, kept.any(1).tolist(), strict=True) if row)
+        by_dim = kept.shape[1] > 1
+        return Selection(names, dims=dict(zip(self.fields.names, kept.clone(), strict=True)) if by_dim else {})
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """The gate of each field, `[]`; the mean of those that mix something where every dimension has one."""
+        g = self.gates().detach()
+        varies = self.divergence > 0
+        varies = varies | ~varies.any(1, keepdim=True)
+        mean = (g * varies).sum(1) / varies.sum(1)
+        return dict(zip(self.fields.names, mean, strict=True))
+
+    @contextmanager
+    def estimating(self) -> Iterator[None]:
+        """For evaluation: shuffled copies in the place of all that is not kept, instead of zeros."""
+        self.estimates = True
+        try:
+            yield
+        finally:
+            self.estimates = False
+
+    def report(self, e: Tensor) -> dict[str, Any]:
+        """What the search has found, for JSON.
+
+        Args:
+            e: vectors of some rows, `[B, F, D]`, to see how wide each field is.
+        """
+        width = (e != 0).any(0).sum(1)
+        kept, w, changed = self.kept_gates(), self.weights(), self.changed.amax(1)
+        additive = self.weigh in ("l1", "l2sq")
+        norm = self.divergence.sum(1) if additive else torch.linalg.vector_norm(self.divergence, dim=1)
+        table: dict[str, dict[str, Any]] = {}
+        for i, (name, score) in enumerate(self.scores().items()):
+            scale = float(changed[i]) * float(width[i]) ** (1.0 if additive else 0.5)
+            table[name] = {
+                "gate": float(score),
+                "kept": bool(kept[i].any()),
+                "divergence": float(norm[i]),
+                "price": float(w[i].mean()),
+                "changed": float(changed[i]),
+                "width": int(width[i]),
+                "spread": float(norm[i]) / scale if scale else 0.0,
+            }
+            if self.shape[1] > 1:
+                table[name]["gates"] = self.gates()[i].tolist()
+        polarisation = float(self.polarisation())
+        rule = "share" if self.by_rank or polarisation <= POLARISED else "gates above one half"
+        return {"polarisation": polarisation, "kept_by": rule, "steps": int(self.steps), "fields": table}
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Along one random circle of the rows, block g from g + 1 rows further on, `[B, G, W] -> [B, G, W]`.
+
+    No row is its own source, and no two blocks have the same source for a row as long as G < B. For one row, any
+    sources are as likely as any others, since the circle is random. Rows are moved whole, twice; the shift between is a
+    view of the rows with another stride, so that many narrow blocks cost what a few wide ones do.
+    """
+    rows, blocks, width = x.shape
+    circle = torch.randperm(rows, device=x.device)
+    place = torch.empty_like(circle)
+    place[circle] = torch.arange(rows, device=x.device)
+    if blocks >= rows:  # more blocks than distances
+        distance = 1 + torch.arange(blocks, device=x.device) % max(rows - 1, 1)
+        return taken(x, circle[(place.unsqueeze(1) + distance) % rows])
+    along = x.index_select(0, circle)
+    along = torch.cat([along, along[:blocks]])  # [B + G, G, W]
+    row = blocks * width
+    return along.as_strided((rows, blocks, width), (row, row + width, 1), row).contiguous().index_select(0, place)
+
+
+def permuted(x: Tensor) -> Tensor:
+    """By a permutation for each block, drawn one by one, much faster than by sorting, `[B, G, W] -> [B, G, W]`."""
+    rows, blocks, _ = x.shape
+    return taken(x, torch.stack([torch.randperm(rows, device=x.device) for _ in range(blocks)], 1))
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """Each block from the rows of its own, `[B, G, W], [B, G] -> [B, G, W]`."""
+    blocks = x.shape[1]
+    place = order * blocks + torch.arange(blocks, device=x.device)
+    return x.flatten(0, 1).index_select(0, place.flatten()).view_as(x)
+
+
+@hookimpl
+def recsys_before_stage(run: Run, stage: str) -> None:
+    """Remember where the gates are; warn once of what passes them by."""
+    selector = run.model.selector
+    if not isinstance(selector, LeAP):
+        return
+    selector.steps_before = int(selector.steps)
+    if not run.state["stages"] and run.model.head.table_parameters():
+        run.say(
+            "[yellow]warning: first-order weights (`model.head.wide`) do not pass the gates of leap; a field that they "
+            "use looks less useful than it is, and stays in them when it is dropped[/yellow]"
+        )
+
+
+@hookimpl
+def recsys_after_stage(run: Run, stage: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Tell what a stage that moved the gates has found."""
+    selector = run.model.selector
+    if not isinstance(selector, LeAP) or int(selector.steps) == selector.steps_before:
+        return
+    told = selector.report(_vectors(run))
+    if "valid" in run.splits:
+        with selector.estimating():
+            found = predict(run.model, run.split("valid"), run.train.eval_batch_size, run.world, run.device)
+        told["without_the_rest"] = measure(found, {name: run.metric(name) for name in ("auc", "logloss")})
+    if run.world.leads:
+        text = json.dumps(told, indent=1)
+        (run.stage_folder / "gates.json").write_text(text + "\n", encoding="utf-8")
+    kept = [name for name, found in told["fields"].items() if found["kept"]]
+    run.say(
+        f"{stage}: leap keeps {len(kept)} of {len(told['fields'])} fields ({', '.join(kept)}) by {told['kept_by']}; "
+        f"polarisation {told['polarisation']:.3f}"
+    )
+
+
+@torch.no_grad()
+def _vectors(run: Run) -> Tensor:
+    """Some training rows as the selector sees them, `[B, F, D]`."""
+    shards = run.split("train")
+    batch = shards.read(0, min(len(shards), run.train.batch_size)).to(run.device)
+    vectors: Tensor = run.model.embedding(batch.ids, batch.values)
+    return vectors
+
+
+@hookimpl
+def recsys_components() -> list[Component]:
+    """Return the selector, with its stages."""
+    stages = (
+        {"use": "bilevel_fit"},
+        {"use": "reset"},
+        {"use": "prune"},
+        {"use": "fit", "name": "retrain"},
+        {"use": "evaluate"},
+        {"use": "export"},
+    )
+    return [Component("selector", "leap", LeAP, stages)]
