@@ -131,13 +131,17 @@ def check(
     except pydantic.ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
     else:
-        named = {field.alias or name: getattr(checked, name) for name, field in model.model_fields.items()}
-        return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in named.items()}
+        return {field.alias or name: getattr(checked, name) for name, field in model.model_fields.items()}
     grouped: dict[Path, list[ErrorDetails]] = {}
     for detail in details:
         grouped.setdefault(_locate(detail, given), []).append(detail)
     lines = [_message(model, component, where, loc, same) for loc, same in grouped.items()]
     raise RecipeError("\n".join(lines), path=(*at, *next(iter(grouped))))
+
+
+def arguments(checked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked options as arguments of the factory: the option `from` is its parameter `from_`."""
+    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in checked.items()}
 
 
 def join(where: str, path: Path) -> str:

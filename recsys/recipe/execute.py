@@ -24,6 +24,7 @@ from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
 from recsys.data.prepare import Prepared
 from recsys.errors import RecipeError, RecsysError, RunError, listing
+from recsys.plugin.options import arguments
 from recsys.plugin.registry import Registry
 from recsys.recipe import reader
 from recsys.recipe.build import (
@@ -261,7 +262,7 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
     """Run the stages in order, skipping those that the run has behind it."""
     stages: list[tuple[str, Stage]] = []
     for index, checked in enumerate(recipe.stages, 1):
-        stage = registry.get("stage", checked.name).component.factory(**checked.options)
+        stage = registry.get("stage", checked.name).component.factory(**arguments(checked.options))
         stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
     check_order(stages)
     pruned = any(isinstance(stage, Prune) for _, stage in stages)
