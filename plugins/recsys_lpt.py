@@ -265,10 +265,8 @@ class Quantised(nn.Module):
         Raises:
             ValueError: the schema has numeric fields and `values` is None.
         """
-        if values is None and self.schema.has_numeric:
-            raise ValueError("the schema has numeric fields: the table needs their values")
         e, safe = self._vectors(ids)
-        return scale(e, safe, values)
+        return scale(e, safe, values, self.schema)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""

@@ -190,10 +190,8 @@ class Mixed(nn.Module):
         Raises:
             ValueError: the schema has numeric fields and `values` is None.
         """
-        if values is None and self.schema.has_numeric:
-            raise ValueError("the schema has numeric fields: the embedding needs their values")
         e, safe = self._vectors(0, ids)
-        return scale(e, safe, values)
+        return scale(e, safe, values, self.schema)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recsys.contracts import Fields, Selection
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
+from recsys.nn.layout import Column, Guard
 from recsys.nn.selection import both, load_selection
 
 
@@ -31,15 +32,18 @@ class Fixed(nn.Module):
         for f, name in enumerate(fields.names):
             keep[f] = self.selection.dims.get(name, True) if name in self.selection.fields else False
         sized = list(zip(fields.names, fields.rows, strict=True))
-        rows = [self.selection.rows.get(n, torch.ones(r, dtype=torch.bool, device="cpu")) for n, r in sized]
-        numbers = [
-            self.selection.elements.get(n, torch.ones(r, fields.dim, dtype=torch.bool, device="cpu")) for n, r in sized
-        ]
+
+        def joined(masks: Mapping[str, Tensor], *dims: int) -> Tensor | None:
+            """The masks of all fields one after the other; None where there are none."""
+            if not masks:
+                return None
+            return torch.cat([masks.get(n, torch.ones(r, *dims, dtype=torch.bool, device="cpu")) for n, r in sized])
+
         buffers = {
             "keep": keep,
             "first": torch.tensor([0, *fields.rows[:-1]], device="cpu").cumsum(0),
-            "rows": torch.cat(rows) if self.selection.rows else None,
-            "numbers": torch.cat(numbers) if self.selection.elements else None,
+            "rows": joined(self.selection.rows),
+            "numbers": joined(self.selection.elements, fields.dim),
         }
         self.keep: Tensor
         self.first: Tensor
@@ -48,11 +52,12 @@ class Fixed(nn.Module):
         device = torch.empty(0).device  # that of the model that is being built, "meta" for a dry run
         for name, tensor in buffers.items():
             self.register_buffer(name, None if tensor is None else tensor.to(device), persistent=False)
+        self.guard = Guard([Column(n, r, numeric=False, vocabulary=i) for i, (n, r) in enumerate(sized)])
 
     def forward(self, e: Tensor, ids: Tensor) -> Tensor:
         """`[B, F, D], [B, F] -> [B, F, D]`."""
         mask = self.keep  # [F, D], or [B, F, D]
-        place = ids + self.first
+        place = self.guard(ids) + self.first
         if self.rows is not None:
             mask = mask & self.rows[place].unsqueeze(-1)
         if self.numbers is not None:

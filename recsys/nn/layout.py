@@ -126,9 +126,15 @@ class Guard(nn.Module):
         return (ids < 0) | (ids >= self.rows)
 
 
-def scale(e: Tensor, ids: Tensor, values: Tensor | None) -> Tensor:
-    """Multiply by the numeric values; a missing number is its own row, unscaled. `[B, F, D], [B, F] -> [B, F, D]`."""
+def scale(e: Tensor, ids: Tensor, values: Tensor | None, schema: EncodedSchema) -> Tensor:
+    """Multiply by the numeric values; a missing number is its own row, unscaled. `[B, F, D], [B, F] -> [B, F, D]`.
+
+    Raises:
+        ValueError: the schema has numeric fields and `values` is None.
+    """
     if values is None:
+        if schema.has_numeric:
+            raise ValueError("the schema has numeric fields: the embedding needs their values")
         return e
     values = torch.where(ids == NULL_ID, torch.ones_like(values), values)
     return e * values.unsqueeze(-1)  # [B, F, 1]

@@ -199,16 +199,16 @@ class Model(nn.Module):
         """A copy with another embedding, and without the selector but for its scale."""
         groups = [h.name for h in self.schema.histories]
         sequences = dict(zip(groups, cast("list[contracts.Sequence]", list(self.sequences)), strict=True))
-        scale = self.selector.factor() if isinstance(self.selector, contracts.Scaling) else 1.0
-        device, selector = next(self.head.parameters()).device, KeepAll(self.embedding.fields, scale=scale)
-        return Model(
+        model = Model(
             self.schema,
             embedding,
-            selector if device.type == "meta" else selector.to(device),
+            KeepAll(self.embedding.fields, scale=self.scale),
             copy.deepcopy(sequences),
             copy.deepcopy(cast("list[contracts.Interaction]", list(self.interactions))),
             copy.deepcopy(self.head),
         ).train(self.training)
+        device = next(self.head.parameters()).device
+        return model if device.type == "meta" else model.to(device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(table parameters, other parameters): the embedding and the first-order weights, and all the rest.
@@ -266,6 +266,11 @@ class Model(nn.Module):
         for part in self._parts():
             if isinstance(part, contracts.Budgeted):
                 part.check_budget(stored)
+
+    @property
+    def scale(self) -> float:
+        """By what the selector multiplies all that it keeps."""
+        return self.selector.factor() if isinstance(self.selector, contracts.Scaling) else 1.0
 
     @property
     def decides(self) -> bool:

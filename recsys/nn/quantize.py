@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class QuantizedTable(nn.Module):
         self.table.flat.requires_grad_(False)
         self.step: Tensor | None
         self.register_buffer("step", step)
+        self.groups = tuple(self.layout.histories)
+        for i, columns in enumerate((self.layout.fields, *self.layout.histories.values())):
+            vocabularies = torch.tensor([c.vocabulary for c in columns], dtype=torch.int64)
+            self.register_buffer(f"vocabularies_{i}", vocabularies, persistent=False)
 
     def forward(self, ids: Tensor, values: Tensor | None = None) -> Tensor:
         """`[B, F] int64, [B, F] float -> [B, F, D]` float32.
@@ -53,20 +57,18 @@ class QuantizedTable(nn.Module):
         Raises:
             ValueError: the schema has numeric fields and `values` is None.
         """
-        if values is None and self.schema.has_numeric:
-            raise ValueError("the schema has numeric fields: the table needs their values")
         e, safe = self.table.look_up(ids)
-        return scale(self._widened(e, self.layout.fields), safe, values)
+        return scale(self._widened(e, 0), safe, values, self.schema)
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]` float32."""
-        return self._widened(self.table.look_up(ids, group)[0], self.layout.histories[group])
+        return self._widened(self.table.look_up(ids, group)[0], 1 + self.groups.index(group))
 
-    def _widened(self, e: Tensor, columns: Sequence[Any]) -> Tensor:
+    def _widened(self, e: Tensor, part: int) -> Tensor:
         """`[..., C, D]` of any type to float32."""
         if self.step is None:
             return e.float()
-        return e.float() * self.step[[c.vocabulary for c in columns]].unsqueeze(-1)
+        return e.float() * self.step.index_select(0, self.get_buffer(f"vocabularies_{part}")).unsqueeze(-1)
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
         """Rows of one vocabulary block, `[n] -> [n, D]` float32, zeros where nothing is stored."""

@@ -45,10 +45,8 @@ class Table(nn.Module):
         Raises:
             ValueError: the schema has numeric fields and `values` is None.
         """
-        if values is None and self.schema.has_numeric:
-            raise ValueError("the schema has numeric fields: the table needs their values")
         rows, safe = self.reader(ids)
-        return scale(self._look_up(rows), safe, values)  # [B, F, D]
+        return scale(self._look_up(rows), safe, values, self.schema)  # [B, F, D]
 
     def history(self, group: str, ids: Tensor) -> Tensor:
         """`[B, L, K] int64 -> [B, L, K, D]`."""

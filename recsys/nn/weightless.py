@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import unittest.mock
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
-
-from recsys.errors import RunError
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 @contextlib.contextmanager
@@ -17,15 +15,17 @@ def weightless() -> Iterator[None]:
 
     A model that is pruned inside stays without weights: the whole table is never there.
     """
-    register = nn.Module.register_parameter
 
-    def light(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
+    def light(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.is_meta:
+            return param
+        return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    with unittest.mock.patch.object(nn.Module, "register_parameter", light):
+    handle = register_module_parameter_registration_hook(light)  # type: ignore[arg-type]  # may return a parameter
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 def is_weightless(module: nn.Module) -> bool:
@@ -38,9 +38,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Raises:
         RuntimeError: the names or the shapes differ.
-        RunError: a part is left without weights.
+        NotImplementedError: something that was computed from weights is not saved, and so has no values.
     """
     module.load_state_dict(weights, assign=is_weightless(module))
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
-            raise RunError(f"'{name}' has no values: the saved state does not hold it")
+            raise NotImplementedError(f"'{name}' has no values: the saved state does not hold it")

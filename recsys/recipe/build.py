@@ -36,6 +36,9 @@ from recsys.train.distributed import World
 from recsys.train.progress import bar
 from recsys.train.run import PlantedTruth, Run, Spec, restore_model
 
+NEEDED = ("model.json", "model.safetensors", "recipe.json", "encoder/encoder.json")
+"""What an exported folder must have, and list."""
+
 
 def cache_folder() -> Path:
     """Return where encoded data is kept: `RECSYS_CACHE`, else `~/.cache/recsys`."""
@@ -239,6 +242,8 @@ def load_trained(folder: Path, registry: Registry, console: Console) -> tuple[Re
     if is_export(folder):
         return load_exported(folder, registry, console)
     recipe, facts = read_run(folder, registry)
+    state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+    recipe = _without_selector(recipe, registry, state)
     run = _with_weights_of_file(recipe, registry, folder, console, Run.restore)
     if run.state["weights"] is None:
         raise RunError(
@@ -258,15 +263,21 @@ def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[R
     Raises:
         RunError: a file is missing, or was altered after it was exported.
     """
-    for name, digest in read_json(folder / MANIFEST).items():
+    digests, shape = read_json(folder / MANIFEST), read_json(folder / "model.json")
+    if not isinstance(digests, dict) or not isinstance(shape, dict):
+        raise RunError(f"{folder}: not what the stage `export` writes; export the run again")
+    for name in (*NEEDED, *shape.get("selections", ())):
+        if name not in digests:
+            raise RunError(f"{folder / MANIFEST}: does not list {name}; export the run again")
+    for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             raise RunError(f"{path}: missing; it was there when the model was exported")
         if sha256(path) != digest:
             raise RunError(f"{path}: altered after the model was exported (sha256 differs)")
     document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
-    recipe = check_document(document, registry, folder.name, folder)
-    state = {**read_json(folder / "model.json"), "weights": "model.safetensors"}
+    recipe = _without_selector(check_document(document, registry, folder.name, folder), registry, shape)
+    state = {**shape, "weights": "model.safetensors"}
 
     def take_up(run: Run) -> None:
         run.state |= state
@@ -275,12 +286,20 @@ def load_exported(folder: Path, registry: Registry, console: Console) -> tuple[R
     return recipe, _with_weights_of_file(recipe, registry, folder, console, take_up), {}
 
 
+def _without_selector(recipe: Recipe, registry: Registry, state: Any) -> Recipe:
+    """The recipe once its selector was pruned away: its choice is a file, and what it was built from may be gone."""
+    if not isinstance(state, dict) or not state.get("selections"):
+        return recipe
+    left = registry.check("selector", {"use": "keep_all", "scale": state.get("scale", 1.0)}, "model.selector")
+    return replace(recipe, parts={**recipe.parts, "selector": left})
+
+
 def _with_weights_of_file(
     recipe: Recipe, registry: Registry, folder: Path, console: Console, take_up: Callable[[Run], None]
 ) -> Run:
     """Build a run without its data, and let it take up what the folder holds: as little memory as that takes.
 
-    A plugin's part that looks at its weights when it is built or pruned needs some: then all are drawn first.
+    A plugin's part that looks at its weights when it is pruned needs some: then all are drawn first.
     """
     encoder = Encoder.load(folder / "encoder")
     for light in (True, False):

@@ -90,6 +90,7 @@ class Run:
             "stages": [],
             "weights": None,
             "selections": [],
+            "scale": 1.0,
             "stored": "float32",
             "snapshots": {},
         }
@@ -180,6 +181,7 @@ class Run:
         wait_for_all()
         self.state["selections"].append(f"{self.stage}/selection.safetensors")
         self.model = self.model.prune(selection)
+        self.state["scale"] = self.model.scale
 
     def apply_quantization(self, stored: Stored) -> None:
         """Store the numbers of the model's tables in fewer bits, and remember it."""
@@ -246,6 +248,8 @@ def restore_model(run: Run) -> None:
         weights = load_tensors(run.folder / run.state["weights"])
         try:
             load_weights(run.model, weights)
+        except NotImplementedError:
+            raise
         except RuntimeError as error:
             raise RunError(
                 f"{run.folder / run.state['weights']}: the weights do not fit the recipe's model\n{error}"

@@ -225,7 +225,8 @@ class Export:
         save_tensors(folder / "model.safetensors", model.state_dict())
         write_json(folder / "recipe.json", run.recipe)
         selections = sorted((p.name for p in folder.glob("selection-*")), key=lambda name: (len(name), name))
-        write_json(folder / "model.json", {"selections": selections, "stored": run.state["stored"]})
+        shape = {"selections": selections, "scale": run.state["scale"], "stored": run.state["stored"]}
+        write_json(folder / "model.json", shape)
         write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
         for spec in self.exporters:
             (folder / _name(spec)).mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,37 @@ def test_an_embedding_without_numbers_of_its_own_says_so(recsys, tmp_path):
         recsys("train", "quickstart", SMALL[0], *options, "--out", tmp_path / "run")
 
 
+PLUGIN = """
+from recsys.api import Component, EncodedSchema, Table, hookimpl
+
+class Curious(Table):
+    '''A table that looks at its weights when it is pruned.'''
+
+    def __init__(self, schema: EncodedSchema, *, dim: int = 4) -> None:
+        super().__init__(schema, dim=dim)
+
+    def prune(self, selection):
+        assert float(self.weight.abs().max()) > 0
+        return super().prune(selection)
+
+@hookimpl
+def recsys_components():
+    return [Component("embedding", "curious", Curious)]
+"""
+
+
+def test_a_plugin_that_looks_at_its_weights_gets_some(recsys, tmp_path):
+    (tmp_path / "curious.py").write_text(PLUGIN)
+    run, rows, plugin = tmp_path / "run", logs(tmp_path), ("--plugin", tmp_path / "curious.py")
+    stages = "stages=[{use: fit}, {use: prune}, {use: export}]"
+    recsys("train", "quickstart", *SMALL[:3], "model.embedding={use: curious}", stages, "--out", run, *plugin)
+    for folder in (run, run / "export"):
+        recsys("predict", folder, "--data", rows, "--out", tmp_path / f"{folder.name}.parquet", *plugin)
+    scores = [pl.read_parquet(tmp_path / f"{name}.parquet")["score"] for name in ("run", "export")]
+    assert scores[0].n_unique() > 100
+    assert scores[0].equals(scores[1])
+
+
 def test_what_was_altered_is_refused(recsys, tmp_path, capsys):
     run = tmp_path / "run"
     recsys("train", "quickstart", *SMALL, "--out", run)
@@ -144,6 +175,8 @@ def test_what_was_altered_is_refused(recsys, tmp_path, capsys):
 
     assert "altered after the model was exported" in refused(other_vocabulary)
     assert "missing; it was there when the model was exported" in refused(lambda c: (c / "metrics.json").unlink())
+    assert "not what the stage `export` writes" in refused(lambda c: (c / "manifest.json").write_text("[]"))
+    assert "does not list model.json" in refused(lambda c: (c / "manifest.json").write_text("{}"))
 
 
 @pytest.mark.parametrize("embedding", ["frequency", "magnitude", "dnis", "pep"])

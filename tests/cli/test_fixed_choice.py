@@ -1,6 +1,7 @@
 """One run chooses, another uses its choice."""
 
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -31,7 +32,7 @@ def test_the_choice_of_a_run_is_used_by_another_and_refused_for_other_vocabulari
         *("--out", tmp_path / "first"),
     )
     fixed = f"model.selector={{use: fixed, from: {tmp_path / 'first'}}}"
-    small = "stages=[{use: prune}, {use: fit}, {use: evaluate}]"
+    small = "stages=[{use: prune}, {use: fit}, {use: evaluate}, {use: export}]"
     recsys("train", "quickstart", logs, *BASE, "model.embedding.dim=4", fixed, small, "--out", tmp_path / "second")
     sizes = []
     for name, stage in (("first", "2-prune"), ("second", "1-prune")):
@@ -47,3 +48,19 @@ def test_the_choice_of_a_run_is_used_by_another_and_refused_for_other_vocabulari
         frame.with_columns([(pl.col(n).cast(pl.String) + "'").alias(n) for n in names]).write_parquet(path)
     with pytest.raises(SystemExit, match="ids of other vocabularies than those of this run"):
         recsys("train", "quickstart", logs, *BASE, "model.embedding.dim=4", fixed, small, "--out", tmp_path / "fourth")
+
+
+def test_a_run_does_without_the_one_that_chose_for_it_once_it_has_pruned(recsys, tmp_path):
+    logs = write_logs(tmp_path)
+    first, second, rows = tmp_path / "first", tmp_path / "second", tmp_path / "test.parquet"
+    embedding = "model.embedding={use: magnitude, dim: 4, budget: 0.3}"
+    recsys("train", "quickstart", logs, *BASE, embedding, "stages=[{use: fit}, {use: prune}]", "--out", first)
+    fixed, stages = f"model.selector={{use: fixed, from: {first}}}", "stages=[{use: prune}, {use: fit}, {use: export}]"
+    recsys("train", "quickstart", logs, *BASE, "model.embedding.dim=4", fixed, stages, "--out", second)
+    recsys("predict", second, "--data", rows, "--out", tmp_path / "before.parquet")
+    shutil.rmtree(first)
+    shutil.move(second / "export", tmp_path / "elsewhere")
+    before = pl.read_parquet(tmp_path / "before.parquet")
+    for folder in (second, tmp_path / "elsewhere"):
+        recsys("predict", folder, "--data", rows, "--out", tmp_path / "after.parquet")
+        assert pl.read_parquet(tmp_path / "after.parquet").equals(before)

@@ -47,6 +47,14 @@ def test_it_gives_what_a_loop_gives_and_says_what_it_keeps(file):
     assert float(scores["hour"]) == 0.75
 
 
+def test_a_wrong_id_is_an_unknown_one_and_no_value_of_another_field(file):
+    selector = Fixed(FIELDS, from_=file)
+    e = torch.ones(4, 3, 4)
+    ids = torch.tensor([[-1, 0, 0], [30, 0, 5], [31, 0, -2], [1, 0, 1]])
+    out = selector(e, ids)
+    assert all(torch.equal(row, out[3]) for row in out[:3])
+
+
 def test_contract(tmp_path):
     """The kit's own fields, of which one is dropped, one keeps some rows and one some dimensions."""
     from recsys.testing import samples
