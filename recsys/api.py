@@ -2,8 +2,8 @@
 
     from recsys.api import Component, Fields, hookimpl
 
-The protocols that a component of each kind fulfils are described in `recsys.contracts`; the base classes of a
-plugin are its own (`torch.nn.Module`, `torchmetrics.Metric`).
+The protocols that a component of each kind fulfils are described in `recsys.contracts`, and what it may do beside them
+in `recsys.abilities`; the base classes of a plugin are its own (`torch.nn.Module`, `torchmetrics.Metric`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,151 +197,6 @@ class Embedding(Protocol):
         ...
 
 
-@runtime_checkable
-class Regularised(Protocol):
-    """An embedding, sequence encoder or interaction with a term of its own in the loss. They need not have one."""
-
-    def penalty(self) -> Tensor:
-        """What to add to the loss of the batch that `forward` saw last in training, `[]`."""
-        ...
-
-
-@runtime_checkable
-class Supervised(Protocol):
-    """An embedding, sequence encoder or interaction with a loss that the labels teach. They need not have one.
-
-    Training asks for it after `forward`, on the same batch; nothing else does. `recsys.api.label_bce` computes the
-    usual one from a logit. Being a method is what counts: no other attribute of a part may bear this name.
-    """
-
-    def auxiliary(self, batch: Batch) -> Tensor:
-        """What to add to the loss of the batch that `forward` saw last in training, `[]`.
-
-        The mean over the B rows, in float32, row weights honoured; a step that is divided over devices or
-        micro-batches counts it by `batch.share`, like the loss itself.
-        """
-        ...
-
-
-@runtime_checkable
-class Deciding(Protocol):
-    """An embedding that learns itself what to leave out. The stage `prune` asks it beside the selector."""
-
-    def kept(self) -> Selection:
-        """The decision so far, for history columns (`group.column`) too; a pure read."""
-        ...
-
-
-@runtime_checkable
-class Budgeted(Protocol):
-    """A part that is to take at most so many bytes. It is asked before anything is trained."""
-
-    def check_budget(self, stored: str) -> None:
-        """Take note of how a number will be stored, and raise a `RecipeError` where the budget cannot be met.
-
-        The error tells the least possible budget.
-
-        Args:
-            stored: float32, or what the recipe's stage `quantize` stores numbers as.
-        """
-        ...
-
-
-@runtime_checkable
-class Quantizable(Protocol):
-    """An embedding that can store its numbers in fewer bits. Tables of the core need not say so."""
-
-    def quantized(self, stored: str) -> Embedding:
-        """Return the embedding with its numbers stored as float16 or int8; it need not learn any more."""
-        ...
-
-
-@runtime_checkable
-class Lasting(Protocol):
-    """An embedding whose decision outlives its weights: `rewind` and `reset` leave it as it is."""
-
-    def decision(self) -> Mapping[str, Tensor]:
-        """The entries of its state that say what it leaves out, with the decision as it stands now; a pure read."""
-        ...
-
-
-@runtime_checkable
-class Targeted(Protocol):
-    """A part that a fit stage, or a bilevel search, trains until it has reached something, such as a size in bytes.
-
-    Until then no epoch is the best one and the stage does not lose patience; it ends with the first epoch after which
-    every target is reached, or with its last one, and keeps the weights of that epoch.
-    """
-
-    def reached(self) -> bool | None:
-        """Asked after every epoch, of every process alike. None: there is no target, or no longer one."""
-        ...
-
-
-@runtime_checkable
-class Reorderable(Protocol):
-    """A pruned embedding that needs no map from ids to rows once what it keeps has the first ids.
-
-    The stage `export` asks for the order, and renumbers the vocabularies and the first-order weights with it.
-    """
-
-    def row_order(self) -> tuple[Tensor | None, ...]:
-        """For every vocabulary of the schema, in order, its ids `[rows]` in the order it wants; None: as they are.
-
-        The missing and the unknown value must stay where they are.
-        """
-        ...
-
-    def reordered(self, orders: tuple[Tensor | None, ...]) -> tuple[Embedding, Selection]:
-        """Return the embedding for ids in the new order, and the selection that makes its like of a fresh one."""
-        ...
-
-
-@runtime_checkable
-class Stepped(Protocol):
-    """A part that changes itself after every optimizer step, beside what the optimizer does."""
-
-    def own_parameters(self) -> tuple[Any, ...]:
-        """Parameters that the part updates itself, from their `.grad`; the optimizer leaves them alone."""
-        ...
-
-    def after_step(self) -> None:
-        """Make the change. Every process makes the same one: random numbers come from a seed and a count of steps.
-
-        The gradients of its own parameters are those of the whole step; they are zero when the step is skipped, and
-        gone afterwards.
-        """
-        ...
-
-
-@runtime_checkable
-class Searched(Protocol):
-    """A part with parameters that a bilevel search learns on validation rows, and nothing else changes."""
-
-    def architecture(self) -> tuple[Any, ...]:
-        """The parameters; a fit stage leaves them alone. Empty: there is nothing to search."""
-        ...
-
-    def search_step(self, rate: float) -> None:
-        """Move them by their `.grad`, with step size `rate`, and keep them within their limits."""
-        ...
-
-
-@runtime_checkable
-class Counting(Protocol):
-    """A part that wants to know how often the training rows use each id. The stage `count_rows` tells it."""
-
-    def take_counts(self, counts: Mapping[str, Tensor]) -> None:
-        """Keep what the part needs of them, in buffers, so that it is saved.
-
-        Args:
-            counts: column (`group.column` in a history) → int64 `[rows]`, on the CPU: how many training rows use each
-                id, once per row however often the row does. Columns that share a vocabulary share its counts: a row
-                uses an id if any of them has it. Padding and missing events use none.
-        """
-        ...
-
-
 class Selector(Protocol):
     """Gates on what the embedding gives. `kind: selector`; the factory takes `fields: Fields` positionally."""
 
@@ -363,15 +218,6 @@ class Selector(Protocol):
 
     def scores(self) -> Mapping[str, Tensor]:
         """Field → importance (`[]`, or `[rows]` for methods that score values); a pure read."""
-        ...
-
-
-@runtime_checkable
-class Scaling(Protocol):
-    """A selector that multiplies all that it keeps by one number. What is left of it after `prune` does so too."""
-
-    def factor(self) -> float:
-        """The number; it depends on the options alone."""
         ...
 
 

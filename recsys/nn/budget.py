@@ -39,7 +39,7 @@ def pruned_bytes(schema: EncodedSchema, dim: int, selection: Selection, stored: 
 
 
 def require_room(schema: EncodedSchema, dim: int, budget: float, stored: Stored = "float32") -> None:
-    """Refuse a budget into which not even an empty pruned table fits; for `contracts.Budgeted`.
+    """Refuse a budget into which not even an empty pruned table fits; for `abilities.Budgeted`.
 
     Args:
         schema: of the inputs.

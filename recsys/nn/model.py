@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from recsys import contracts
+from recsys import abilities, contracts
 from recsys.contracts import Batch, EncodedSchema, Fields, Selection
 from recsys.errors import PluginError, RecipeError, listing
 from recsys.nn.compact import CompactTable
@@ -157,7 +157,7 @@ class Model(nn.Module):
         """The regularisation of the selector, and of every other part that has one, `[]`."""
         total = self.selector.penalty()
         for part in (self.embedding, *self.sequences, *self.interactions):
-            if isinstance(part, contracts.Regularised):
+            if isinstance(part, abilities.Regularised):
                 total = total + part.penalty()
         return total
 
@@ -165,7 +165,7 @@ class Model(nn.Module):
         """The losses of the parts that learn from the labels themselves, `[]`; for training, after `forward`."""
         total = torch.zeros((), device=batch.ids.device)
         for part in (self.embedding, *self.sequences, *self.interactions):
-            if isinstance(part, contracts.Supervised):
+            if isinstance(part, abilities.Supervised):
                 total = total + part.auxiliary(batch)
         return total
 
@@ -180,7 +180,7 @@ class Model(nn.Module):
 
     def row_order(self) -> Orders | None:
         """The order of ids that the pruned embedding wants, so that it needs no map; None if it wants none."""
-        if not isinstance(self.embedding, contracts.Reorderable) or not isinstance(self.selector, KeepAll):
+        if not isinstance(self.embedding, abilities.Reorderable) or not isinstance(self.selector, KeepAll):
             return None
         orders = self.embedding.row_order()
         return orders if any(order is not None for order in orders) else None
@@ -190,7 +190,7 @@ class Model(nn.Module):
 
         Its predictions are, bit for bit, those of this one, which stays as it is.
         """
-        embedding, selection = cast("contracts.Reorderable", self.embedding).reordered(orders)
+        embedding, selection = cast("abilities.Reorderable", self.embedding).reordered(orders)
         model = self._with(embedding)
         model.head.reorder(by_column(Layout.of(self.schema), orders))
         return model, selection
@@ -216,29 +216,29 @@ class Model(nn.Module):
         Without those that a part updates itself or that a search learns.
         """
         parts = self._parts()
-        apart = [p for part in parts if isinstance(part, contracts.Stepped) for p in part.own_parameters()]
-        apart += [p for part in parts if isinstance(part, contracts.Searched) for p in part.architecture()]
+        apart = [p for part in parts if isinstance(part, abilities.Stepped) for p in part.own_parameters()]
+        apart += [p for part in parts if isinstance(part, abilities.Searched) for p in part.architecture()]
         seen = {id(p) for p in apart}
         tables = [*self.embedding.parameters(), *self.head.table_parameters().values()]
         tables = [p for p in tables if id(p) not in seen]
         seen |= {id(p) for p in tables}
         return tables, [p for p in self.parameters() if id(p) not in seen]
 
-    def stepped(self) -> list[contracts.Stepped]:
+    def stepped(self) -> list[abilities.Stepped]:
         """The parts that change themselves after every optimizer step."""
-        return [part for part in self._parts() if isinstance(part, contracts.Stepped)]
+        return [part for part in self._parts() if isinstance(part, abilities.Stepped)]
 
-    def searched(self) -> list[contracts.Searched]:
+    def searched(self) -> list[abilities.Searched]:
         """The parts with something that a bilevel search learns; one may have it or not, as its options say."""
-        return [part for part in self._parts() if isinstance(part, contracts.Searched) and part.architecture()]
+        return [part for part in self._parts() if isinstance(part, abilities.Searched) and part.architecture()]
 
-    def counting(self) -> list[contracts.Counting]:
+    def counting(self) -> list[abilities.Counting]:
         """The parts that want to know how often each id is used."""
-        return [part for part in self._parts() if isinstance(part, contracts.Counting)]
+        return [part for part in self._parts() if isinstance(part, abilities.Counting)]
 
-    def targeted(self) -> list[contracts.Targeted]:
+    def targeted(self) -> list[abilities.Targeted]:
         """The parts that may have a target for a fit stage to reach."""
-        return [part for part in self._parts() if isinstance(part, contracts.Targeted)]
+        return [part for part in self._parts() if isinstance(part, abilities.Targeted)]
 
     def reached(self) -> bool | None:
         """Whether all parts with a target have reached it; None if none has one."""
@@ -255,7 +255,7 @@ class Model(nn.Module):
         e = self.embedding
         if not isinstance(self.selector, KeepAll):
             raise RecipeError("the selector still gates the numbers; put the stage `prune` before")
-        if isinstance(e, contracts.Quantizable):
+        if isinstance(e, abilities.Quantizable):
             return self._with(e.quantized(stored))
         if isinstance(e, Table | CompactTable | ElementTable):
             return self._with(quantized(self.schema, e, stored))
@@ -264,23 +264,23 @@ class Model(nn.Module):
     def check_budgets(self, stored: Stored) -> None:
         """Raise a `RecipeError` where a part cannot keep to its budget with numbers that are stored so."""
         for part in self._parts():
-            if isinstance(part, contracts.Budgeted):
+            if isinstance(part, abilities.Budgeted):
                 part.check_budget(stored)
 
     @property
     def scale(self) -> float:
         """By what the selector multiplies all that it keeps."""
-        return self.selector.factor() if isinstance(self.selector, contracts.Scaling) else 1.0
+        return self.selector.factor() if isinstance(self.selector, abilities.Scaling) else 1.0
 
     @property
     def decides(self) -> bool:
         """Whether a part chooses what to leave out."""
-        return isinstance(self.embedding, contracts.Deciding) or not isinstance(self.selector, KeepAll)
+        return isinstance(self.embedding, abilities.Deciding) or not isinstance(self.selector, KeepAll)
 
     def kept(self) -> Selection:
         """What the selector keeps, and the embedding, where it decides."""
         chosen = self.selector.kept()
-        return both(chosen, self.embedding.kept()) if isinstance(self.embedding, contracts.Deciding) else chosen
+        return both(chosen, self.embedding.kept()) if isinstance(self.embedding, abilities.Deciding) else chosen
 
     def scores(self) -> dict[str, float]:
         """Field → importance, as the selector sees it, the mean where it scores values; empty without a selector."""

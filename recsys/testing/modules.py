@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from recsys.contracts import Regularised, Supervised
+from recsys.abilities import Regularised, Supervised
 from recsys.testing.kit import Check, expect
 from recsys.testing.samples import batch, generator
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from rich.table import Table as TextTable
 
-from recsys.contracts import Lasting, Metric, Named, Stage
+from recsys.abilities import Lasting
+from recsys.contracts import Metric, Named, Stage
 from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.nn.layout import Layout
 from recsys.nn.model import Model

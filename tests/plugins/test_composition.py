@@ -4,7 +4,8 @@ import pytest
 import torch
 from composition import EMBEDDINGS, INTERACTIONS, OPTIONS, REGISTRY
 
-from recsys.contracts import Counting, Deciding, EncodedSchema, Field, Selection
+from recsys.abilities import Counting, Deciding
+from recsys.contracts import EncodedSchema, Field, Selection
 from recsys.nn.head import Head
 from recsys.nn.model import Model
 from recsys.nn.optim import build_optimizer

@@ -5,7 +5,8 @@ import torch
 from composition import EMBEDDINGS, OPTIONS, REGISTRY
 from safetensors.torch import load_file, save_file
 
-from recsys.contracts import Counting, Deciding, EncodedSchema, Field, Selection
+from recsys.abilities import Counting, Deciding
+from recsys.contracts import EncodedSchema, Field, Selection
 from recsys.nn.weightless import load_weights, weightless
 
 ROWS = {"a": 2500, "b": 1200, "c": 12}
