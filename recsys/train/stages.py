@@ -212,14 +212,16 @@ class Export:
         encoder, model = run.encoder, run.model
         example = run.split("train").gather(np.arange(min(8, len(run.split("train")))))
         orders = _orders(run)
-        if orders is None:
+        moved = None if orders is None else model.reordered(orders)
+        # Where few ids are gone, zeros for the missing and the unknown value may take more than a map.
+        if orders is None or moved is None or moved[0].bytes() >= model.bytes():
             for index, name in enumerate(run.state["selections"]):
                 (folder / f"selection-{index}.safetensors").write_bytes((run.folder / name).read_bytes())
         else:
             layout, names = Layout.of(run.schema), encoder.vocabularies()
             new = {names[o]: order.numpy() for o, order in zip(layout.owners, orders, strict=True) if order is not None}
             encoder, example = encoder.reordered(new), renumbered(example, layout, orders)
-            model, selection = model.reordered(orders)
+            model, selection = moved
             save_selection(selection, folder / "selection-0.safetensors")
             run.say(f"{run.stage}: kept values first: {run.model.bytes():,} → {model.bytes():,} bytes")
         encoder.save(folder / "encoder")

@@ -18,6 +18,8 @@ from recsys.plugin.registry import load_registry
 from recsys.recipe.build import load_trained
 
 SMALL = ("data.source.rows=4000", "train.threads=1", "train.epochs=1", "model.embedding.dim=4")
+MANY = ("data.source={use: simulated, rows: 20000, users: 20000, seed: 7}", *SMALL[1:3])
+"""Ids enough for a map of them to cost more than a few rows of zeros."""
 PRUNED = {
     "frequency": "stages=[{use: count_rows}, {use: fit}, {use: prune}, {use: export}]",
     "magnitude": "stages=[{use: fit}, {use: prune}, {use: export}]",
@@ -45,7 +47,7 @@ def logs(folder: Path, rows: int = 300) -> Path:
 def test_an_export_scores_raw_rows_as_its_run_does_and_maps_no_ids(recsys, tmp_path, embedding):
     run, rows = tmp_path / "run", logs(tmp_path)
     options = (f"model.embedding={{use: {embedding}, dim: 4, budget: 0.3}}", PRUNED[embedding])
-    recsys("train", "quickstart", *SMALL[:3], *options, "--out", run)
+    recsys("train", "quickstart", *MANY, *options, "--out", run)
     for folder in (run, run / "export"):
         recsys("predict", folder, "--data", rows, "--out", tmp_path / f"{folder.name}.parquet")
     scores = [pl.read_parquet(tmp_path / f"{name}.parquet")["score"] for name in ("run", "export")]
@@ -152,6 +154,20 @@ def test_a_plugin_that_looks_at_its_weights_gets_some(recsys, tmp_path):
         recsys("predict", folder, "--data", rows, "--out", tmp_path / f"{folder.name}.parquet", *plugin)
     scores = [pl.read_parquet(tmp_path / f"{name}.parquet")["score"] for name in ("run", "export")]
     assert scores[0].n_unique() > 100
+    assert scores[0].equals(scores[1])
+
+
+def test_an_export_is_never_larger_than_its_run(recsys, tmp_path):
+    """Only the missing value of each small field is gone: in first place it would need a row of zeros."""
+    run, rows = tmp_path / "run", logs(tmp_path)
+    fields = "data.categorical=[age, city, brand, hour]"
+    options = (fields, "model.embedding={use: frequency, dim: 64, budget: 0.9}")
+    recsys("train", "quickstart", *SMALL[:3], *options, PRUNED["frequency"], "--out", run)
+    models = [load_trained(f, load_registry(), Console(quiet=True))[1].model for f in (run, run / "export")]
+    assert models[1].bytes() <= models[0].bytes()
+    for folder in (run, run / "export"):
+        recsys("predict", folder, "--data", rows, "--out", tmp_path / f"{folder.name}.parquet")
+    scores = [pl.read_parquet(tmp_path / f"{name}.parquet")["score"] for name in ("run", "export")]
     assert scores[0].equals(scores[1])
 
 
