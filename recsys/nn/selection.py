@@ -70,6 +70,16 @@ def is_everything(selection: Selection, fields: Fields) -> bool:
     return set(selection.fields) >= set(fields.names) and all(bool(m.all()) for m in masks)
 
 
+def is_nothing(selection: Selection, fields: Fields) -> bool:
+    """Whether `selection` keeps no number of any of `fields`."""
+
+    def any_of(name: str) -> bool:
+        masks = [m[name] for m in (selection.rows, selection.dims, selection.elements) if name in m]
+        return all(bool(m.any()) for m in masks)
+
+    return not any(name in fields.names and any_of(name) for name in selection.fields)
+
+
 def both(one: Selection, other: Selection) -> Selection:
     """The selection that keeps what both keep.
 

@@ -17,7 +17,7 @@ from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.nn.layout import Layout
 from recsys.nn.model import Model
 from recsys.nn.reorder import Orders, renumbered
-from recsys.nn.selection import is_everything, save_selection
+from recsys.nn.selection import is_everything, is_nothing, save_selection
 from recsys.train.checkpoint import read_json, replacing, save_tensors, sha256, write_json
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
@@ -114,6 +114,10 @@ class Prune:
                 write_json(run.stage_folder / SCORES, scores)
         nothing = " (everything is kept)" if whole else ""
         run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
+        if is_nothing(selection, run.model.embedding.fields):
+            run.say(
+                f"[yellow]warning: {run.stage} kept no number of any field; the embedding tells no row apart[/yellow]"
+            )
 
 
 class Quantize:

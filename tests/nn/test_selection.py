@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from recsys.contracts import Fields, Selection
 from recsys.errors import RunError
-from recsys.nn.selection import KeepAll, both, everything, is_everything, load_selection, save_selection
+from recsys.nn.selection import KeepAll, both, everything, is_everything, is_nothing, load_selection, save_selection
 
 FIELDS = Fields(("user", "größe/é", "rows/x"), (4, 5, 6), 3)
 bits = st.lists(st.booleans(), min_size=1, max_size=9).map(lambda b: torch.tensor(b))
@@ -99,3 +99,13 @@ def test_a_scale_multiplies_and_changes_no_decision():
     assert torch.equal(KeepAll(FIELDS, scale=1.5)(e, e), e * 1.5)
     assert KeepAll(FIELDS, scale=1.5).factor() == 1.5
     assert is_everything(KeepAll(FIELDS, scale=1.5).kept(), FIELDS)
+
+
+def test_nothing_is_kept_when_every_field_lost_all_of_something():
+    none, some = torch.zeros(4, dtype=torch.bool), torch.tensor([False, True, False, False])
+    names = FIELDS.names
+    assert is_nothing(Selection(()), FIELDS)
+    assert is_nothing(Selection(("elsewhere",)), FIELDS)
+    assert is_nothing(Selection(names[:2], {names[0]: none}, {names[1]: none}), FIELDS)
+    assert not is_nothing(Selection(names[:2], {names[0]: none, names[1]: some}), FIELDS)
+    assert not is_nothing(everything(FIELDS), FIELDS)
