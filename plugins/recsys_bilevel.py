@@ -107,6 +107,7 @@ def _epochs(run: Run, search: Search, epochs: int, patience: int) -> tuple[list[
         started = time.monotonic()
         loss = _epoch(run, search, train, valid, epoch, epochs)
         run.rows_trained += len(run.split("train"))
+        run.row_passes += len(run.split("train")) * (9 if search.second_order else 3)
         run.seconds_training += time.monotonic() - started
         scores = {"train/loss": loss, "learning_rate": search.optimizer.param_groups[0]["lr"]}
         scores |= {f"valid/{name}": value for name, value in _score(run).items()}

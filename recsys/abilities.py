@@ -166,3 +166,15 @@ class Scaling(Protocol):
     def factor(self) -> float:
         """The number; it depends on the options alone."""
         ...
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """A selector that ranks the fields in a stage of its own, `rank_fields`, not while the model is trained."""
+
+    def rank(self, run: Any) -> Any:
+        """Find the fields' importance from `run: recsys.api.Run`, and keep it; returns a `recsys.api.Ranking`.
+
+        Every process comes to the same scores.
+        """
+        ...

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.optim import build_optimizer
     from recsys.nn.quantize import QuantizedTable, Stored, quantized
+    from recsys.nn.ranked import Best, RankedFields, Ranking, best, chosen
     from recsys.nn.sparse import compact
     from recsys.nn.table import Table, pruned_table
     from recsys.train.guard import Buffers
@@ -53,6 +54,7 @@ __all__ = [
     "UNKNOWN_ID",
     "Addressed",
     "Batch",
+    "Best",
     "Buffers",
     "Column",
     "Component",
@@ -71,6 +73,8 @@ __all__ = [
     "Predictions",
     "QuantizedTable",
     "Rank",
+    "RankedFields",
+    "Ranking",
     "RecipeError",
     "RecsysError",
     "Run",
@@ -80,7 +84,9 @@ __all__ = [
     "Table",
     "TrainBatches",
     "bar",
+    "best",
     "build_optimizer",
+    "chosen",
     "column_groups",
     "compact",
     "entmax",
@@ -116,6 +122,11 @@ _LAZY = {
     "Layout": "recsys.nn.layout",
     "MLPBlock": "recsys.nn.mlp",
     "Rank": "recsys.nn.kept",
+    "Best": "recsys.nn.ranked",
+    "RankedFields": "recsys.nn.ranked",
+    "Ranking": "recsys.nn.ranked",
+    "best": "recsys.nn.ranked",
+    "chosen": "recsys.nn.ranked",
     "Run": "recsys.train.run",
     "Share": "recsys.nn.mlp",
     "Table": "recsys.nn.table",

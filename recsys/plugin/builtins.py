@@ -12,7 +12,7 @@ from recsys.nn.table import Table
 from recsys.plugin.hooks import Component, hookimpl
 from recsys.train.losses import BCE
 from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
-from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Quantize, Reset, Rewind
+from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Quantize, RankFields, Reset, Rewind
 
 
 @hookimpl
@@ -39,6 +39,7 @@ def recsys_components() -> list[Component]:
         Component("stage", "fit", Fit),
         Component("stage", "rewind", Rewind),
         Component("stage", "reset", Reset),
+        Component("stage", "rank_fields", RankFields),
         Component("stage", "prune", Prune),
         Component("stage", "quantize", Quantize),
         Component("stage", "evaluate", Evaluate),

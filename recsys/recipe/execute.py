@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from recsys.abilities import Ranking
 from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
@@ -41,7 +42,7 @@ from recsys.train import distributed
 from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
-from recsys.train.stages import Prune, Quantize, check_order
+from recsys.train.stages import Prune, Quantize, RankFields, check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -248,6 +249,7 @@ class Session:
             },
             "seconds": round(seconds, 3),
             "rows_per_second": round(run.rows_trained / run.seconds_training, 1) if run.seconds_training else None,
+            "row_passes": 3 * run.rows_trained + run.row_passes,
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "bytes": run.model.bytes(),
             "embedding_bytes": sum(t.nbytes for t in run.model.embedding.export_tables().values()),
@@ -271,6 +273,9 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
             run.model.check_budgets(next((stage.to for _, stage in stages if isinstance(stage, Quantize)), "float32"))
         except RecipeError as error:
             raise recipe.located(error) from error
+    kinds = [type(stage) for _, stage in stages]
+    if isinstance(run.model.selector, Ranking) and pruned and RankFields not in kinds[: kinds.index(Prune)]:
+        raise RecipeError(f"{stages[kinds.index(Prune)][0]}: the selector has ranked no fields; put rank_fields before")
     if run.model.decides and not pruned:
         run.say("[yellow]warning: the model chooses what to leave out, but no stage `prune` removes it[/yellow]")
     for label, stage in stages:

@@ -64,6 +64,8 @@ class Run:
         world: this process among those that train together.
         console: where messages to the user go.
         reference: best values possible, for a source that knows them.
+        rows_trained: rows that a step of training was made with.
+        row_passes: forward passes of one row besides those of these steps; a backward pass counts as two.
     """
 
     folder: Path
@@ -81,6 +83,7 @@ class Run:
     stage: str = ""
     scores: Scores = field(default_factory=dict)
     rows_trained: int = 0
+    row_passes: int = 0
     seconds_training: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -193,6 +196,7 @@ class Run:
         self.state["stages"].append(stage)
         self.state["scores"] = self.scores
         self.state["rows_trained"] = self.rows_trained
+        self.state["row_passes"] = self.row_passes
         self.state["seconds_training"] = self.seconds_training
         if self.world.leads:
             write_json(self.folder / "state.json", self.state)
@@ -210,6 +214,7 @@ class Run:
         self.state = _checked_state(path, read_json(path), self.state)
         self.scores = self.state.get("scores", {})
         self.rows_trained = self.state.get("rows_trained", 0)
+        self.row_passes = self.state.get("row_passes", 0)
         self.seconds_training = self.state.get("seconds_training", 0.0)
         restore_model(self)
 

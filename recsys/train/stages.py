@@ -21,14 +21,24 @@ from recsys.nn.selection import is_everything, is_nothing, save_selection
 from recsys.train.checkpoint import read_json, replacing, save_tensors, sha256, write_json
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
+from recsys.train.rank import SCORES, RankFields
 from recsys.train.run import Run, Spec, no_snapshot
 from recsys.train.score import measure, predict
 
-__all__ = ["CountRows", "Evaluate", "Export", "Fit", "Prune", "Quantize", "Reset", "Rewind", "check_order"]
+__all__ = [
+    "CountRows",
+    "Evaluate",
+    "Export",
+    "Fit",
+    "Prune",
+    "Quantize",
+    "RankFields",
+    "Reset",
+    "Rewind",
+    "check_order",
+]
 
 SELECTOR_PREFIX = "selector."
-SCORES = "scores.json"
-"""What the selector said of each field, in the folder of the stage that removed it."""
 
 
 class Rewind:
@@ -288,7 +298,7 @@ def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
                 raise RecipeError(f"{label}: {stage.name} after {undone}; put it before")
             if isinstance(stage, Rewind) and stage.to not in kept and not other:
                 raise RecipeError(f"{label}: {no_snapshot(stage.to, kept)}")
-        elif not isinstance(stage, CountRows | Evaluate | Export):
+        elif not isinstance(stage, CountRows | Evaluate | Export | RankFields):
             other = True  # a plugin's stage may keep snapshots of any name
 
 
