@@ -28,7 +28,8 @@ def the_run():
 def test_the_best_fields_pass_and_of_equals_the_first(scores, keep):
     made = four(lambda run: Ranking(dict(zip("abcd", scores, strict=True)), 7), keep)
     e = torch.randn(5, 4, 2)
-    assert torch.equal(made(e, torch.zeros(5, 4).long()), e) and made.kept().fields == ("a", "b", "c", "d")
+    assert torch.equal(made(e, torch.zeros(5, 4).long()), e)
+    assert made.kept().fields == ("a", "b", "c", "d")
     assert made.rank(the_run()).passes == 7
     order = sorted(range(4), key=lambda f: (-scores[f], f))
     wanted = order[: keep if isinstance(keep, int) else max(round(4 * keep), 1)]
@@ -47,7 +48,8 @@ def test_fields_are_open_while_they_are_ranked_again():
     made = four(lambda run: Ranking({"a": 1.0, "b": 2.0, "c": seen.append(made.kept().fields) or 0.0, "d": 0.0}), 1)
     made.rank(the_run())
     made.rank(the_run())
-    assert seen == [("a", "b", "c", "d")] * 2 and made.kept().fields == ("b",)
+    assert seen == [("a", "b", "c", "d")] * 2
+    assert made.kept().fields == ("b",)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
