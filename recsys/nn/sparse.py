@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,14 +14,20 @@ from recsys.nn.layout import Column, Layout, index_for, scale
 from recsys.nn.reorder import Orders, Reordered, kept_first, moved
 from recsys.nn.selection import both
 
+PATTERNS = 256
+"""So many rows of bits can be told apart by one byte."""
+SAMPLE = 4096
+"""Rows in which more patterns than that show without a look at all."""
+
 
 class ElementTable(nn.Module):
     """Kept numbers of kept rows, each row with D bits that say which.
 
-    The numbers stand in one flat parameter, row after row. A row has ⌈D/8⌉ bytes of bits, and the place of its first
-    number counted from that of the first of R rows, in a byte or two; R rows share a place in full. The k-th coordinate
-    stands at the row's place plus the number of bits before k. Rows without any number are not stored. Outputs are
-    `[B, F, D]` as before, with exact zeros where something is gone.
+    The numbers stand in one flat parameter, row after row. A row has ⌈D/8⌉ bytes of bits, or one byte that says which
+    of at most 256 patterns of bits it has, where that takes less: so it is when whole blocks of rows keep the same
+    dimensions. It has the place of its first number counted from that of the first of R rows, in a byte or two; R rows
+    share a place in full. The k-th coordinate stands at the row's place plus the number of bits before k. Rows without
+    any number are not stored. Outputs are `[B, F, D]` as before, with exact zeros where something is gone.
 
     Columns that share a vocabulary may keep different numbers of it; stored is what any of them keeps. Numbers have the
     type that the source gives; integers can be looked up, and do not learn.
@@ -37,14 +44,17 @@ class ElementTable(nn.Module):
         flat = _numbers(source, unions)
         self.flat = nn.Parameter(flat, requires_grad=flat.is_floating_point())
         self.bits: Tensor
+        self.pattern: Tensor | None
         self.near: Tensor
         self.far: Tensor
         self.slots: Tensor
-        bits, start, base, own = _rows(columns, self.kept, unions, self.layout.rows)
-        near, far = _places(start, self.fields.dim)
+        bits, base, own = _bit_rows(columns, self.kept, unions, self.layout.rows)
+        bits, pattern = _in_patterns(bits)
+        near, far = _places(_starts(unions), self.fields.dim)
         around = [(m.any(1), m.any().expand(self.fields.dim)) for m in self.kept]
         found, limits, where = slot_maps(columns, around, self.layout.rows)
-        for name, tensor in {"bits": bits, "near": near, "far": far, "slots": found}.items():
+        buffers = {"bits": bits, "pattern": pattern, "near": near, "far": far, "slots": found}
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         parts = list(zip(columns, base, own, where, limits, strict=True))
         count = len(self.layout.fields)
@@ -71,7 +81,7 @@ class ElementTable(nn.Module):
     def look_up(self, ids: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
         """What is stored for ids of the fields, or of a history, `[..., C] -> [..., C, D]`, and the guarded ids."""
         reader = self.reader if group is None else self.readers[self.groups.index(group)]
-        e, safe = reader(ids, self.flat, self.bits, (self.near, self.far), self.slots)
+        e, safe = reader(ids, self.flat, (self.bits, self.pattern), (self.near, self.far), self.slots)
         return e, safe
 
     def read(self, vocabulary: int, rows: Tensor) -> Tensor:
@@ -108,8 +118,7 @@ class ElementTable(nn.Module):
 
     def export_tables(self) -> Mapping[str, Tensor]:
         """The numbers, bits and places of the rows, the id maps, and where each column finds its part."""
-        tables = {"flat": self.flat.detach(), "bits": self.bits, "near": self.near, "far": self.far}
-        tables["slots"] = self.slots
+        tables = {"flat": self.flat.detach(), **dict(self.named_buffers(recurse=False))}
         names = ("fields", *(f"history.{g}" for g in self.groups))
         for name, reader in zip(names, (self.reader, *self.readers), strict=True):
             tables |= {f"{name}.{k}": v for k, v in reader.named_buffers(recurse=False)}
@@ -132,7 +141,12 @@ class ElementReader(nn.Module):
         self.register_buffer("own", torch.tensor(own, dtype=torch.int64), persistent=False)
 
     def forward(
-        self, ids: Tensor, flat: Tensor, bits: Tensor, places: tuple[Tensor, Tensor], slots: Tensor
+        self,
+        ids: Tensor,
+        flat: Tensor,
+        bits: tuple[Tensor, Tensor | None],
+        places: tuple[Tensor, Tensor],
+        slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """`[..., C] -> e [..., C, D], guarded ids [..., C]`."""
         slot, safe = self.slots(ids, slots)
@@ -147,9 +161,11 @@ class ElementReader(nn.Module):
         numbers = flat.index_select(0, torch.where(shown.bool(), place, 0).flatten()).view(place.shape)
         return torch.where(shown.bool(), numbers, 0.0), safe
 
-    def _unpack(self, bits: Tensor, row: Tensor) -> Tensor:
+    def _unpack(self, stored: tuple[Tensor, Tensor | None], row: Tensor) -> Tensor:
         """`[..., C] -> [..., C, D]` of zeros and ones, int64."""
-        packed = bits.index_select(0, row.flatten()).view(*row.shape, bits.shape[1], 1).long()
+        bits, pattern = stored
+        place = row.flatten() if pattern is None else pattern.index_select(0, row.flatten()).long()
+        packed = bits.index_select(0, place).view(*row.shape, bits.shape[1], 1).long()
         single = (packed >> torch.arange(8, device=bits.device)) & 1  # [..., C, ⌈D/8⌉, 8]
         return single.flatten(-2)[..., : self.dim]
 
@@ -199,7 +215,8 @@ def rows_times_dims(layout: Layout, masks: Sequence[Tensor], size: int = 4) -> l
     dim = masks[0].shape[1]
     hull = sum(size * int(u.any(1).sum()) * int(u.any(0).sum()) for u in unions)
     stored = sum(int(u.any(1).sum()) for u in unions)
-    single = size * sum(int(u.sum()) for u in unions) + stored * -(-dim // 8) + _place_bytes(stored, dim)
+    bits = _bit_rows(columns, masks, unions, sizes)[0]
+    single = size * sum(int(u.sum()) for u in unions) + _bit_bytes(bits) + _place_bytes(stored, dim)
     # Zeros of the block itself are what a column sees within its rows × dimensions; other gaps need bits.
     told = all(
         torch.equal(unions[c.vocabulary][: c.rows] & m.any(1, keepdim=True) & m.any(0), m)
@@ -214,9 +231,8 @@ def element_bytes(layout: Layout, masks: Sequence[Tensor], number: int = 4) -> i
     unions = [_union(columns, masks, v, size) for v, size in enumerate(layout.rows)]
     rows = [int(u.any(1).sum()) for u in unions]
     numbers = 1 + sum(int(u.sum()) for u in unions)
-    own = sum(rows[c.vocabulary] for c, m in zip(columns, masks, strict=True) if _has_own_bits(m, unions[c.vocabulary]))
     kept = [(m.any(1), m.any().expand(dim)) for m in masks]
-    bits = (1 + sum(rows) + own) * -(-dim // 8)
+    bits = _bit_bytes(_bit_rows(columns, masks, unions, layout.rows)[0])
     places = _place_bytes(1 + sum(rows), dim, far=_place_type(numbers)) + (8 + 8) * len(columns)
     return number * numbers + bits + places + slot_bytes(columns, kept, layout.rows)
 
@@ -255,23 +271,21 @@ def _numbers(source: RowSource, unions: Sequence[Tensor]) -> Tensor:
     return torch.cat(pieces)
 
 
-def _rows(
+def _bit_rows(
     columns: Sequence[Column], masks: Sequence[Tensor], unions: Sequence[Tensor], sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """Bits `[N', ⌈D/8⌉]`, first places `[N]` of the stored rows; each column's first row there, and of its own bits.
+) -> tuple[Tensor, list[int], list[int]]:
+    """Bits `[N', ⌈D/8⌉]` of the stored rows; each column's first row there, and the first of its own bits.
 
     Row 0 has no number. A column that keeps less than its block stores has bits of its own, after those of the blocks.
     """
     dim = masks[0].shape[1]
     stored = [torch.zeros(1, dim, dtype=torch.bool), *(u[u.any(1)] for u in unions)]
     first = torch.tensor([len(s) for s in stored]).cumsum(0).tolist()
-    counts = torch.cat(stored).sum(1)
-    start = 1 + counts.cumsum(0) - counts
     base = [first[c.vocabulary] for c in columns]
     own, extra, length = [], [], first[-1]
     for c, mask in zip(columns, masks, strict=True):
         union = unions[c.vocabulary]
-        if not _has_own_bits(mask, union):
+        if torch.equal(mask, union[: len(mask)]):
             own.append(first[c.vocabulary])
             continue
         own.append(length)
@@ -279,7 +293,34 @@ def _rows(
         whole[: c.rows] = mask
         extra.append(whole[union.any(1)])
         length += len(extra[-1])
-    return _pack_bits(torch.cat([*stored, *extra])), start, base, own
+    packed = np.packbits(torch.cat([*stored, *extra]).numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(packed), base, own
+
+
+def _starts(unions: Sequence[Tensor]) -> Tensor:
+    """The place of the first number of every stored row, `[N]`; the one in front of all has none."""
+    counts = torch.cat([torch.zeros(1, dtype=torch.int64), *(u[u.any(1)].sum(1) for u in unions)])
+    return 1 + counts.cumsum(0) - counts
+
+
+def _in_patterns(bits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The different rows of `bits [N', b]`, and for each row which of them it is; None where that takes no less."""
+    rows, width = bits.shape
+    if width == 1 or len(torch.unique(bits[:SAMPLE], dim=0)) > PATTERNS:
+        return bits, None
+    kind = "<u8" if width <= 8 else f"V{width}"  # as one number, which is sorted much faster, where that can be
+    whole = np.pad(bits.numpy(), ((0, 0), (0, max(8 - width, 0)))).view(kind).ravel()
+    found, which = np.unique(whole, return_inverse=True)
+    if len(found) > PATTERNS or len(found) * width + rows >= rows * width:
+        return bits, None
+    different = found.view(np.uint8).reshape(len(found), -1)[:, :width].copy()
+    return torch.from_numpy(different), torch.from_numpy(which.astype(np.uint8))
+
+
+def _bit_bytes(bits: Tensor) -> int:
+    """Bytes of the bits as they are stored."""
+    different, pattern = _in_patterns(bits)
+    return different.nbytes + (0 if pattern is None else pattern.nbytes)
 
 
 def _together(dim: int) -> tuple[int, torch.dtype]:
@@ -307,16 +348,5 @@ def _place_bytes(rows: int, dim: int, far: torch.dtype = torch.int32) -> int:
     return rows * kind.itemsize + -(-rows // together) * far.itemsize
 
 
-def _has_own_bits(mask: Tensor, union: Tensor) -> bool:
-    """Whether a column keeps less of its rows than its block stores."""
-    return not torch.equal(mask, union[: len(mask)])
-
-
 def _place_type(numbers: int) -> torch.dtype:
     return torch.int32 if numbers < 2**31 else torch.int64
-
-
-def _pack_bits(bits: Tensor) -> Tensor:
-    """`[n, D] bool -> [n, ⌈D/8⌉]` uint8, the first bit the lowest."""
-    padded = torch.nn.functional.pad(bits.long(), (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
-    return (padded << torch.arange(8)).sum(2).to(torch.uint8)

@@ -10,7 +10,7 @@ from recsys.contracts import EncodedSchema, Field, Selection
 from recsys.errors import DataError
 from recsys.nn.compact import CompactTable
 from recsys.nn.selection import load_selection, save_selection
-from recsys.nn.sparse import ElementTable, _place_bytes, _places, _together, compact
+from recsys.nn.sparse import ElementTable, _place_bytes, _places, _together, compact, element_bytes
 from recsys.nn.table import Table
 
 
@@ -133,6 +133,26 @@ def test_bytes_are_numbers_bits_and_places(seed, share, dim):
     assert isinstance(small, ElementTable) == (single < hull)
     assert size(small) <= min(single, hull) + 400
     assert small.flat.numel() == (1 + numbers if single < hull else dim + hull // 4)
+
+
+@pytest.mark.parametrize("dim", [8, 12, 64, 72])
+@pytest.mark.parametrize("patterns", [3, 256, 300])
+def test_rows_of_few_patterns_have_a_byte_instead_of_their_bits(dim, patterns):
+    schema = EncodedSchema((Field("a", 5000),))
+    random = torch.Generator().manual_seed(1)
+    different = torch.rand(patterns, dim, generator=random) < 0.5
+    keep = different[torch.randint(patterns, (5000,), generator=random)]
+    keep[:200] = False
+    table = Table(schema, dim=dim, init_std=1.0)
+    small = ElementTable(schema, table, Selection(("a",), elements={"a": keep}))
+    ids = torch.arange(5000).view(-1, 1)
+    assert torch.equal(small(ids)[:, 0], table(ids)[:, 0] * keep)
+    stored = {tuple(row) for row in keep.tolist() if any(row)} | {(False,) * dim}
+    rows, width = 1 + int(keep.any(1).sum()), -(-dim // 8)
+    few = width > 1 and len(stored) <= 256
+    assert small.bits.numel() == (len(stored) if few else rows) * width
+    assert (small.pattern is not None) == few
+    assert size(small) == element_bytes(small.layout, [keep])
 
 
 @pytest.mark.parametrize("dim", [1, 10, 16, 17, 64, 65, 300, 40_000])
