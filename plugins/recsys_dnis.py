@@ -60,6 +60,8 @@ class DNIS(Table):
             numbers count as they are stored in the end.
     """
 
+    needs_counts = True
+
     def __init__(
         self,
         schema: EncodedSchema,

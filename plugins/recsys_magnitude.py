@@ -112,6 +112,8 @@ class FrequencyTable(Table):
             numbers count as they are stored in the end.
     """
 
+    needs_counts = True
+
     def __init__(
         self,
         schema: EncodedSchema,

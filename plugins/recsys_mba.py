@@ -29,6 +29,8 @@ class MBATable(Table):
         l2: λ.
     """
 
+    needs_counts = True
+
     def __init__(
         self,
         schema: EncodedSchema,

@@ -92,6 +92,7 @@ class MGQE(Table):
         everything = frequent_share == 1 or rare_centroids == centroids
         self.graded = not everything and frequent_share > 0
         """Whether rows differ in how many centroids they may have."""
+        self.needs_counts = self.graded
         self.limit = centroids if everything else rare_centroids
         self.register_buffer("frequent", torch.full((self.weight.shape[0],), everything))
         self.register_buffer("used", torch.zeros(parts, centroids, dtype=torch.bool))

@@ -146,7 +146,13 @@ class Searched(Protocol):
 
 @runtime_checkable
 class Counting(Protocol):
-    """A part that wants to know how often the training rows use each id. The stage `count_rows` tells it."""
+    """A part that wants to know how often the training rows use each id. The stage `count_rows` tells it.
+
+    Attributes:
+        needs_counts: whether it cannot do without; a recipe without the stage is then refused before it is trained.
+    """
+
+    needs_counts: bool
 
     def take_counts(self, counts: Mapping[str, Tensor]) -> None:
         """Keep what the part needs of them, in buffers, so that it is saved.

@@ -42,7 +42,7 @@ from recsys.train import distributed
 from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.run import Run
-from recsys.train.stages import Prune, Quantize, RankFields, check_order
+from recsys.train.stages import CountRows, Prune, Quantize, RankFields, check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -273,9 +273,7 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
             run.model.check_budgets(next((stage.to for _, stage in stages if isinstance(stage, Quantize)), "float32"))
         except RecipeError as error:
             raise recipe.located(error) from error
-    kinds = [type(stage) for _, stage in stages]
-    if isinstance(run.model.selector, Ranking) and pruned and RankFields not in kinds[: kinds.index(Prune)]:
-        raise RecipeError(f"{stages[kinds.index(Prune)][0]}: the selector has ranked no fields; put rank_fields before")
+    _check_stages_of_parts(run, stages)
     if run.model.decides and not pruned:
         run.say("[yellow]warning: the model chooses what to leave out, but no stage `prune` removes it[/yellow]")
     for label, stage in stages:
@@ -289,6 +287,23 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
         stage.run(run)
         run.stage_done(label)
         registry.hooks.recsys_after_stage(run=run, stage=label, metrics=run.scores)
+
+
+def _check_stages_of_parts(run: Run, stages: Sequence[tuple[str, Stage]]) -> None:
+    """Refuse a recipe that lacks a stage which a part of the model needs.
+
+    Raises:
+        RecipeError: nobody counts rows or ranks fields.
+    """
+    kinds = [type(stage) for _, stage in stages]
+    needing = [part for part in run.model.counting() if part.needs_counts]
+    if needing and CountRows not in kinds:
+        raise RecipeError(
+            f"stages: {type(needing[0]).__name__} must know how often values are used; put {{use: count_rows}} first"
+        )
+    if isinstance(run.model.selector, Ranking) and Prune in kinds and RankFields not in kinds[: kinds.index(Prune)]:
+        label = stages[kinds.index(Prune)][0]
+        raise RecipeError(f"{label}: the selector has ranked no fields; put {{use: rank_fields}} before")
 
 
 def _differences(key: str, then: Any, now: Any) -> list[str]:

@@ -205,6 +205,22 @@ def test_a_budget_that_cannot_be_met_is_refused_before_training(recsys, tmp_path
     assert not list((tmp_path / "run").glob("*-fit")), "nothing was trained"
 
 
+@pytest.mark.parametrize("embedding", ["frequency", "dnis", "mba_table", "mgqe, frequent_share: 0.5, parts: 2"])
+def test_a_recipe_in_which_nobody_counts_is_refused_before_training(recsys, tmp_path, embedding):
+    stages = "stages=[{use: fit}, {use: prune}, {use: evaluate}]"
+    with pytest.raises(SystemExit, match=r"must know how often values are used; put \{use: count_rows\} first"):
+        recsys(
+            "train",
+            "quickstart",
+            SMALL[0],
+            f"model.embedding={{use: {embedding}, dim: 4}}",
+            stages,
+            "--out",
+            tmp_path / "run",
+        )
+    assert not list((tmp_path / "run").glob("*-fit")), "nothing was trained"
+
+
 def test_a_choice_that_nothing_removes_is_told(recsys, tmp_path):
     told = recsys(
         "train", "quickstart", SMALL[0], "model.embedding={use: magnitude, dim: 4}", "--out", tmp_path / "run"

@@ -96,6 +96,8 @@ from recsys.api import Component, Table, hookimpl
 class Knowing(Table):
     \"\"\"A table that knows the counts.\"\"\"
 
+    needs_counts = False
+
     def __init__(self, schema, *, dim: int = 4) -> None:
         super().__init__(schema, dim=dim)
         self.register_buffer("count", torch.zeros(self.weight.shape[0], dtype=torch.int64))
