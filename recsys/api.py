@@ -27,7 +27,7 @@ from recsys.errors import DataError, RecipeError, RecsysError
 from recsys.plugin.hooks import Component, hookimpl
 
 if TYPE_CHECKING:
-    from recsys.data.batches import TrainBatches
+    from recsys.data.batches import EvalBatches, TrainBatches
     from recsys.data.hashing import hash_text, mix
     from recsys.data.sources import DataRoot
     from recsys.nn.addressed import Addressed, column_groups
@@ -37,11 +37,14 @@ if TYPE_CHECKING:
     from recsys.nn.kept import Keep, Rank, kept_columns, places, widen
     from recsys.nn.layout import Column, Guard, Layout, scale
     from recsys.nn.mlp import MLPBlock, Share, linear
+    from recsys.nn.model import Model, Vectors
     from recsys.nn.optim import build_optimizer
     from recsys.nn.quantize import QuantizedTable, Stored, quantized
     from recsys.nn.ranked import Best, RankedFields, Ranking, best, chosen
     from recsys.nn.sparse import compact
     from recsys.nn.table import Table, pruned_table
+    from recsys.train.distributed import gather_rows
+    from recsys.train.gradients import field_gradients
     from recsys.train.guard import Buffers
     from recsys.train.losses import label_bce
     from recsys.train.progress import bar
@@ -62,6 +65,7 @@ __all__ = [
     "DataRoot",
     "Dropout",
     "EncodedSchema",
+    "EvalBatches",
     "Field",
     "Fields",
     "Guard",
@@ -69,6 +73,7 @@ __all__ = [
     "Keep",
     "Layout",
     "MLPBlock",
+    "Model",
     "Named",
     "Predictions",
     "QuantizedTable",
@@ -83,6 +88,7 @@ __all__ = [
     "Stored",
     "Table",
     "TrainBatches",
+    "Vectors",
     "bar",
     "best",
     "build_optimizer",
@@ -90,6 +96,8 @@ __all__ = [
     "column_groups",
     "compact",
     "entmax",
+    "field_gradients",
+    "gather_rows",
     "hash_text",
     "hookimpl",
     "keep_most",
@@ -110,6 +118,11 @@ __all__ = [
 ]
 
 _LAZY = {
+    "EvalBatches": "recsys.data.batches",
+    "Model": "recsys.nn.model",
+    "Vectors": "recsys.nn.model",
+    "field_gradients": "recsys.train.gradients",
+    "gather_rows": "recsys.train.distributed",
     "Predictions": "recsys.train.score",
     "Buffers": "recsys.train.guard",
     "bar": "recsys.train.progress",

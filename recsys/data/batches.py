@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from recsys.contracts import Batch
 from recsys.data.order import Order, WindowOrder, divide
@@ -113,16 +114,23 @@ class EvalBatches:
         batch_size: rows per batch.
         rank: of this process.
         ranks: number of processes.
+        rows: the rows to read, in this order, instead of all.
     """
 
     shards: Shards
     batch_size: int
     rank: int = 0
     ranks: int = 1
+    rows: npt.NDArray[np.int64] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many rows are read, by all ranks together."""
+        return len(self.shards) if self.rows is None else len(self.rows)
 
     @property
     def _span(self) -> tuple[int, int]:
-        grid = -(-len(self.shards) // self.batch_size)
+        grid = -(-self.count // self.batch_size)
         return grid * self.rank // self.ranks, grid * (self.rank + 1) // self.ranks
 
     def __len__(self) -> int:
@@ -130,8 +138,8 @@ class EvalBatches:
         return high - low
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """Yield (number of the first row, batch)."""
+        """Yield (number of the first row among those to read, batch)."""
         for batch in range(*self._span):
             low = batch * self.batch_size
-            high = min(low + self.batch_size, len(self.shards))
-            yield low, self.shards.read(low, high)
+            high = min(low + self.batch_size, self.count)
+            yield low, self.shards.read(low, high) if self.rows is None else self.shards.gather(self.rows[low:high])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -23,6 +24,19 @@ from recsys.nn.sparse import ElementTable
 from recsys.nn.table import Table
 
 Histories = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What the embedding gives for some rows.
+
+    Args:
+        fields: e, `[B, F, D]`.
+        histories: group → (its events `[B, L, K, D]`, length `[B]`).
+    """
+
+    fields: Tensor
+    histories: Histories
 
 
 class Model(nn.Module):
@@ -101,17 +115,46 @@ class Model(nn.Module):
 
     def logits(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> dict[str, Tensor]:
         """Tensors only: `[B, F], [B, F], {group: ([B, L, K], [B])} -> {task: [B]}`, float32."""
-        return cast("dict[str, Tensor]", self.head(self._interact(ids, values, history), ids, values))
+        return self.decide(self.represent(ids, values, history), ids, values)
 
     def each(self, batch: Batch) -> tuple[dict[str, Tensor], ...]:
         """Logits of every member, each `{task: [B]}`; their mean is what `forward` gives."""
-        outputs = self._interact(batch.ids, batch.values, batch.history)
+        outputs = self._interact(self.represent(batch.ids, batch.values, batch.history))
         return self.head.each(outputs, batch.ids, batch.values)
 
-    def _interact(self, ids: Tensor, values: Tensor | None, history: Histories | None) -> list[Tensor]:
+    def represent(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> Tensor:
+        """What the interactions see, or the members divide, `[B, F', D]`."""
+        return self.combine(self.look_up(ids, values, history), ids)
+
+    def look_up(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> Vectors:
+        """The first part of `represent`: what the embedding gives."""
+        e = self.embedding(ids, values)
+        _expect(self.embedding, e, ("B", ids.shape[1], self.embedding.fields.dim))
+        events = {h.name: (history or {})[h.name] for h in self.schema.histories}
+        return Vectors(e, {name: (self.embedding.history(name, i), length) for name, (i, length) in events.items()})
+
+    def combine(self, vectors: Vectors, ids: Tensor) -> Tensor:
+        """The second part of `represent`: selector and histories, `Vectors, [B, F] -> [B, F', D]`."""
+        e = vectors.fields
+        parts = [self.selector(e, ids)]
+        _expect(self.selector, parts[0], ("B", *e.shape[1:]))
+        for i, h in enumerate(self.schema.histories):
+            events, length = vectors.histories[h.name]
+            events = events.flatten(2)  # [B, L, K, D] -> [B, L, W]
+            target = e.index_select(1, self.get_buffer(f"target_{i}")).flatten(1)  # [B, W]
+            target = target if h.target else events.new_zeros(ids.shape[0], events.shape[-1])
+            pooled = self.sequences[i](target, events, length)  # [B, W]
+            _expect(self.sequences[i], pooled, ("B", events.shape[-1]))
+            parts.append(pooled.unflatten(1, (len(h.columns), -1)))  # [B, K, D]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def decide(self, x: Tensor, ids: Tensor, values: Tensor | None = None) -> dict[str, Tensor]:
+        """What follows `represent`: `[B, F', D], [B, F], [B, F] -> {task: [B]}`; ids for the first-order weights."""
+        return cast("dict[str, Tensor]", self.head(self._interact(x), ids, values))
+
+    def _interact(self, x: Tensor) -> list[Tensor]:
         """The outputs of the interactions, each `[B, H_i]`."""
-        seen = self._seen(self.represent(ids, values, history))
-        outputs = [interaction(x) for interaction, x in zip(self.interactions, seen, strict=True)]
+        outputs = [interaction(part) for interaction, part in zip(self.interactions, self._seen(x), strict=True)]
         for interaction, output in zip(self.interactions, outputs, strict=True):
             _expect(interaction, output, ("B", cast("contracts.Interaction", interaction).width))
         return outputs
@@ -122,22 +165,6 @@ class Model(nn.Module):
             return [x] * len(self.interactions)
         parts = [part.contiguous() for part in x.chunk(self.head.members, 2)]
         return [part for part in parts for _ in range(self.head.count)]
-
-    def represent(self, ids: Tensor, values: Tensor | None = None, history: Histories | None = None) -> Tensor:
-        """What the interactions see, or the members divide, `[B, F', D]`."""
-        e = self.embedding(ids, values)
-        _expect(self.embedding, e, ("B", ids.shape[1], self.embedding.fields.dim))
-        parts = [self.selector(e, ids)]
-        _expect(self.selector, parts[0], ("B", *e.shape[1:]))
-        for i, h in enumerate(self.schema.histories):
-            events, length = (history or {})[h.name]
-            vectors = self.embedding.history(h.name, events).flatten(2)  # [B, L, K, D] -> [B, L, W]
-            target = e.index_select(1, self.get_buffer(f"target_{i}")).flatten(1)  # [B, W]
-            target = target if h.target else vectors.new_zeros(ids.shape[0], vectors.shape[-1])
-            pooled = self.sequences[i](target, vectors, length)  # [B, W]
-            _expect(self.sequences[i], pooled, ("B", vectors.shape[-1]))
-            parts.append(pooled.unflatten(1, (len(h.columns), -1)))  # [B, K, D]
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def objective(
         self, loss: contracts.Loss, batch: Batch, members: Sequence[Mapping[str, Tensor]] | None = None

@@ -41,6 +41,11 @@ class PlantedTruth(Protocol):
         ...
 
 
+def spec_name(spec: Spec) -> str:
+    """Return the name of a component as a recipe writes it."""
+    return spec if isinstance(spec, str) else str(spec["use"])
+
+
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """Return a seed for one purpose, so that no two purposes share random numbers."""
     text = "/".join(str(part) for part in (seed, *purpose))
@@ -133,6 +138,21 @@ class Run:
                 f"Splits: {listing(self.splits)}"
             )
         return self.splits[name]
+
+    def measuring(self, spec: Spec) -> Metric:
+        """Make a metric that the rows have all columns for.
+
+        Raises:
+            RecipeError: a context column is missing.
+        """
+        metric = self.metric(spec)
+        for need in metric.needs:
+            if need not in self.schema.context:
+                raise RecipeError(
+                    f"{self.stage}: the metric '{spec_name(spec)}' needs the context column '{need}'; "
+                    f"name one under data.context, for instance `{need}: user`"
+                )
+        return metric
 
     def say(self, text: str) -> None:
         """Tell the user, once however many processes train."""

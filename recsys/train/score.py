@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from recsys.train.distributed import World, gather_rows
 
 @dataclass(frozen=True)
 class Predictions:
-    """All rows of a split, in the order of its files.
+    """All rows of a split in the order of its files, or those that were asked for, in that order.
 
     Args:
         logit: task → `[rows]` float64, on the CPU.
@@ -38,8 +40,9 @@ def predict(
     world: World,
     device: torch.device,
     advance: Callable[[int], None] | None = None,
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> Predictions:
-    """Return the model's logits for every row, on every rank.
+    """Return the model's logits for every row, or for those named, on every rank.
 
     The grid of batches does not depend on the number of ranks, and each rank scores a run of whole
     batches, so that concatenating in rank order gives the file order without padding or duplicates.
@@ -51,7 +54,7 @@ def predict(
     model.eval()
     columns: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for _, batch in EvalBatches(shards, batch_size, rank=world.rank, ranks=world.size):
+        for _, batch in EvalBatches(shards, batch_size, rank=world.rank, ranks=world.size, rows=rows):
             _collect(columns, batch, model(batch.to(device)))
             if advance is not None:
                 advance(len(batch))

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table as TextTable
 
 from recsys.abilities import Lasting
-from recsys.contracts import Metric, Named, Stage
+from recsys.contracts import Named, Stage
 from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.nn.layout import Layout
 from recsys.nn.model import Model
@@ -22,7 +22,7 @@ from recsys.train.checkpoint import read_json, replacing, save_tensors, sha256, 
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
 from recsys.train.rank import SCORES, RankFields
-from recsys.train.run import Run, Spec, no_snapshot
+from recsys.train.run import Run, no_snapshot, spec_name
 from recsys.train.score import measure, predict
 
 __all__ = [
@@ -184,7 +184,7 @@ class Evaluate:
 
     def run(self, run: Run) -> None:
         """Fill `run.scores`."""
-        metrics = {_name(spec): _metric(run, spec) for spec in self.metrics}
+        metrics = {spec_name(spec): run.measuring(spec) for spec in self.metrics}
         names = self.splits or tuple(name for name in ("valid", "test") if name in run.splits)
         if not names:
             raise RecipeError(f"{run.stage}: the data has neither a valid nor a test split; give `splits: [train]`")
@@ -246,8 +246,8 @@ class Export:
         write_json(folder / "model.json", shape)
         write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
         for spec in self.exporters:
-            (folder / _name(spec)).mkdir(parents=True, exist_ok=True)
-            run.exporter(spec).export(model, example.to(run.device), folder / _name(spec))
+            (folder / spec_name(spec)).mkdir(parents=True, exist_ok=True)
+            run.exporter(spec).export(model, example.to(run.device), folder / spec_name(spec))
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
         write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
 
@@ -307,21 +307,6 @@ def _load_all_but_decisions(model: Model, weights: Mapping[str, Any]) -> None:
     if isinstance(model.embedding, Lasting):
         own |= {f"embedding.{name}": t for name, t in model.embedding.decision().items()}
     model.load_state_dict({**weights, **own})
-
-
-def _name(spec: Spec) -> str:
-    return spec if isinstance(spec, str) else str(spec["use"])
-
-
-def _metric(run: Run, spec: Spec) -> Metric:
-    metric = run.metric(spec)
-    for need in metric.needs:
-        if need not in run.schema.context:
-            raise RecipeError(
-                f"{run.stage}: the metric '{_name(spec)}' needs the context column '{need}'; "
-                f"name one under data.context, for instance `{need}: user`"
-            )
-    return metric
 
 
 def _plain(scores: Mapping[str, float]) -> dict[str, float | None]:

@@ -160,3 +160,15 @@ def test_evaluation_in_rank_order_is_the_order_of_the_logs(rows: int, batch_size
             batches.append((first, len(batch)))
     assert found == list(range(rows))
     assert batches == [(first, len(batch)) for first, batch in EvalBatches(numbered(rows), batch_size)]
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 4))
+def test_evaluation_of_some_rows_gives_these_in_their_order(rows: list[int], batch_size: int, ranks: int) -> None:
+    found: list[int] = []
+    for rank in range(ranks):
+        part = EvalBatches(numbered(100), batch_size, rank, ranks, np.array(rows))
+        assert part.count == len(rows)
+        for first, batch in part:
+            assert (first, rows_of(batch)) == (len(found), rows[first : first + batch_size])
+            found += rows_of(batch)
+    assert found == rows

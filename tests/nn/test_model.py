@@ -12,7 +12,7 @@ from recsys.contracts import Batch, EncodedSchema, Field, History, Selection
 from recsys.errors import PluginError, RecipeError
 from recsys.nn.head import Head
 from recsys.nn.interaction import FM, MLP, CrossNet
-from recsys.nn.model import Model, TensorModel
+from recsys.nn.model import Model, TensorModel, Vectors
 from recsys.nn.selection import KeepAll
 from recsys.nn.sequence import MeanPool
 from recsys.nn.table import Table
@@ -397,3 +397,19 @@ def test_schemas_at_the_edge_predict_train_and_are_pruned_twice(schema, dim):
 def _row(batch, i):
     history = {g: (ids[i : i + 1], n[i : i + 1]) for g, (ids, n) in batch.history.items()}
     return Batch(batch.ids[i : i + 1], None if batch.values is None else batch.values[i : i + 1], history)
+
+
+@pytest.mark.parametrize("field", [0, 1, 2])
+def test_vectors_of_another_row_in_the_place_of_a_field_are_that_row_s_value(field):
+    """In parts, with one field's vectors swapped, as with its ids swapped; a target's history sees them too."""
+    model, batch, other = make(), make_batch(), make_batch(seed=1)
+    ids, values = batch.ids.clone(), batch.values.clone()
+    ids[:, field], values[:, field] = other.ids[:, field], other.values[:, field]
+    vectors = model.look_up(batch.ids, batch.values, batch.history)
+    e = vectors.fields.clone()
+    e[:, field] = model.embedding(other.ids, other.values)[:, field]
+    got = model.decide(model.combine(Vectors(e, vectors.histories), ids), ids, values)
+    want = model.logits(ids, values, batch.history)
+    for task in SCHEMA.tasks:
+        assert torch.equal(got[task], want[task])
+        assert not torch.equal(got[task], model(batch)[task])
