@@ -33,7 +33,7 @@ def train(model, steps=2):
     loss = BCE(SCHEMA.tasks)
     model.train()
     for step in range(steps):
-        batch = samples.batch(32, SCHEMA, seed=step)
+        batch = samples.batch(32, model.schema, seed=step)
         optimizer.zero_grad()
         value = model.objective(loss, batch)
         assert bool(value.isfinite())
