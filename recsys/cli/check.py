@@ -86,7 +86,7 @@ def command(
             print(json.dumps({"recipe": _recipe_json(checked, dry, memory), **found.to_json()}, indent=2))
         else:
             console = make_console()
-            _print_examination(console, found, dry.schema)
+            _print_examination(console, found, dry.schema, checked.data.planted)
             _print_recipe(console, checked, dry, memory)
             _print_findings(console, found)
     if found.count("error") or (strict and found.count("warning")):
@@ -158,7 +158,9 @@ def _table(*header: str) -> Table:
     return Table(*header, box=None, pad_edge=False)
 
 
-def _print_examination(console: Console, found: Examination, schema: EncodedSchema | None) -> None:
+def _print_examination(
+    console: Console, found: Examination, schema: EncodedSchema | None, planted: Sequence[str] = ()
+) -> None:
     from rich.markup import escape
 
     tasks = list(dict.fromkeys(task for split in found.splits.values() for task in split.positives))
@@ -186,8 +188,11 @@ def _print_examination(console: Console, found: Examination, schema: EncodedSche
         cells += [_rates(found, facts.null), _rates(found, facts.unknown), _aucs(found, name)]
         table.add_row(*map(escape, cells))
     inputs = {name for aucs in found.aucs.values() for name in aucs}
-    for name in sorted(inputs - set(found.columns)):
+    for name in sorted(inputs - set(found.columns) - set(planted)):
         table.add_row(escape(name), "list", "", "", "", "", "", _aucs(found, name))
+    sizes = {} if schema is None else {f.name: f"{f.rows:,}" for f in schema.fields if not f.numeric}
+    for name in planted:
+        table.add_row(escape(name), "noise", "", "", sizes.get(name, ""), "", "", _aucs(found, name))
     console.print(table)
     _print_duplicates(console, found)
 

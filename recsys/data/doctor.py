@@ -20,7 +20,7 @@ from recsys.data.encode import Encoder
 from recsys.data.hashing import U64, mix_array
 from recsys.data.infer import infer_schema
 from recsys.data.quarantine import Quarantine
-from recsys.data.reading import RawBlock, RawRows, source_rows
+from recsys.data.reading import Origin, RawBlock, RawRows, source_rows
 from recsys.data.report import SplitReport
 from recsys.data.rules import Screen
 from recsys.data.schema import DataConfig, TimeSplit
@@ -216,7 +216,7 @@ class _Work:
                     self._cannot_be_encoded(split, error)
             inputs = self._add_raw(split, facts, block)
             if self.encoder is not None and split in self.encoded:
-                whole = self._add_encoded(self.encoder, split, block, inputs, report)
+                whole = self._add_encoded(self.encoder, split, block, part.origin(raw), inputs, report)
                 self.hashes.add(split, inputs, whole)
             elif not self.failed and self.encoder is None:
                 self.hashes.add(split, inputs, inputs)
@@ -257,9 +257,11 @@ class _Work:
             times.add(block[column])
         return hash_rows([cells[name] for name in self.inputs], block.height)
 
-    def _add_encoded(self, encoder: Encoder, split: str, block: pl.DataFrame, inputs: U64, report: SplitReport) -> U64:
+    def _add_encoded(
+        self, encoder: Encoder, split: str, block: pl.DataFrame, origin: Origin, inputs: U64, report: SplitReport
+    ) -> U64:
         """Take a block that keeps the rules, encoded; return the hashes of the rows' inputs and labels, `[n]`."""
-        part = encoder.encode(block, report)
+        part = encoder.encode(block, origin, report)
         self.encoded[split].add(part)
         whole = inputs.copy()
         for task in encoder.schema.tasks:

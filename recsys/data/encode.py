@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from recsys.contracts import UNKNOWN_ID, EncodedSchema, Field, History
 from recsys.data import encoder_files
 from recsys.data.blocks import EncodedColumns, Ragged, flatten
 from recsys.data.fit import learn
+from recsys.data.noise import MarginalFit, Marginals, Sower, fields_of
+from recsys.data.noise_config import Noise
 from recsys.data.numeric import NumericSpec
-from recsys.data.reading import RawRows, rows_of
+from recsys.data.reading import Origin, RawRows, rows_of
 from recsys.data.report import SplitReport
 from recsys.data.rules import Screen
 from recsys.data.schema import Categorical, DataConfig
@@ -34,17 +38,19 @@ class Encoder:
         config: the recipe's data block.
         lookups: field that owns a vocabulary → the vocabulary or hash buckets.
         numerics: numeric field → its fitted transform.
+        marginals: field of which a shuffled copy is planted → how often the train split has each value.
     """
 
     config: DataConfig
     lookups: Mapping[str, Lookup]
     numerics: Mapping[str, NumericSpec]
+    marginals: Marginals = dataclass_field(default_factory=dict)
 
     @classmethod
     def fit(
         cls, logs: RawRows | pl.LazyFrame, config: DataConfig, *, progress: Callable[[int], None] | None = None
     ) -> Encoder:
-        """Learn from the train split, in one pass.
+        """Learn from the train split, in one pass; in two where shuffled copies of fields are planted.
 
         Memory: a block of `config.batch_rows` rows, and the vocabularies.
 
@@ -59,15 +65,20 @@ class Encoder:
         rows = rows_of(logs, "the train split") if isinstance(logs, pl.LazyFrame) else logs
         require(rows, config.columns())
         learned = learn(rows, config, progress)
-        return cls(config, learned.lookups, learned.numerics)
+        encoder = cls(config, learned.lookups, learned.numerics)
+        copied = {planted.of for planted in config.noise_inputs() if planted.kind == "copy"}
+        if not copied:
+            return encoder
+        fit = MarginalFit([field for field in encoder.real if field.name in copied])
+        bare = replace(encoder, config=config.model_copy(update={"noise": Noise()}))
+        for block in bare.transform(rows):
+            fit.add(block)
+        return replace(encoder, marginals=fit.result())
 
     @cached_property
     def schema(self) -> EncodedSchema:
-        """Inputs in order: categorical fields, then numeric ones, each as listed in the recipe."""
-        fields = [Field(n, self.lookup(n).rows, shares=o.share) for n, o in self.config.categorical.items()]
-        for name, spec in self.numerics.items():
-            quantile = spec.transform == "quantile"
-            fields.append(Field(name, spec.rows if quantile else 2, numeric=not quantile))
+        """Inputs in order: categorical fields, then numeric ones, each as listed in the recipe, then planted noise."""
+        fields = (*self.real, *self.sower.fields)
         histories = [
             History(n, (Field(n, self.lookup(n).rows, shares=o.share),), o.max_length)
             for n, o in self.config.multi_valued.items()
@@ -78,7 +89,22 @@ class Encoder:
                 for target, column in sequence.columns.items()
             )
             histories.append(History(group, columns, sequence.max_length, tuple(sequence.columns)))
-        return EncodedSchema(tuple(fields), tuple(histories), tuple(self.config.label), tuple(self.config.context))
+        return EncodedSchema(fields, tuple(histories), tuple(self.config.label), tuple(self.config.context))
+
+    @cached_property
+    def real(self) -> tuple[Field, ...]:
+        """The inputs that the logs have."""
+        fields = [Field(n, self.lookup(n).rows, shares=o.share) for n, o in self.config.categorical.items()]
+        for name, spec in self.numerics.items():
+            quantile = spec.transform == "quantile"
+            fields.append(Field(name, spec.rows if quantile else 2, numeric=not quantile))
+        return tuple(fields)
+
+    @cached_property
+    def sower(self) -> Sower:
+        """What draws the inputs that are planted."""
+        inputs = self.config.noise_inputs()
+        return Sower(self.config.noise.seed, inputs, fields_of(inputs, self.real), self.marginals)
 
     def owner(self, field: str) -> str:
         """Return the field whose vocabulary a categorical or multi-valued field uses: itself, or the one it shares."""
@@ -130,18 +156,27 @@ class Encoder:
         for block in rows.blocks(columns, self.config.batch_rows):
             clean = screen.clean(block)
             if not clean.is_empty():
-                yield self.encode(clean, counts, labelled=labels)
+                yield self.encode(clean, rows.origin(block), counts, labelled=labels)
         if screen.quarantine is not None:
             screen.quarantine.check()
             counts.aside += screen.quarantine.rows
 
-    def encode(self, block: pl.DataFrame, report: SplitReport, *, labelled: bool = True) -> EncodedColumns:
-        """Return a block of raw rows that keep the rules, encoded; counts are added to the report."""
-        return _Block(self, report, labelled).encode(block)
+    def encode(
+        self, block: pl.DataFrame, origin: Origin, report: SplitReport, *, labelled: bool = True
+    ) -> EncodedColumns:
+        """Return a block of raw rows that keep the rules, encoded; counts are added to the report.
+
+        Args:
+            block: the rows, with their numbers.
+            origin: where they are from; what is planted goes by it.
+            report: gets the counts of real inputs.
+            labelled: whether to read labels and context columns too.
+        """
+        return _Block(self, report, labelled).encode(block, origin)
 
     def save(self, folder: Path) -> None:
-        """Write `encoder.json` and `vocabulary/*.parquet`, with a sha256 of each vocabulary in the JSON."""
-        encoder_files.write(folder, self.config, self.lookups, self.numerics)
+        """Write `encoder.json`, `vocabulary/*.parquet` and `noise/*.parquet`, with a sha256 of each in the JSON."""
+        encoder_files.write(folder, self.config, self.lookups, self.numerics, self.marginals)
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
@@ -171,10 +206,10 @@ class _Block:
     report: SplitReport
     labelled: bool
 
-    def encode(self, block: pl.DataFrame) -> EncodedColumns:
+    def encode(self, block: pl.DataFrame, origin: Origin) -> EncodedColumns:
         config = self.encoder.config
         self.report.rows += block.height
-        ids = {name: self._ids(name, name, block[name]) for name in config.categorical}
+        ids: dict[str, npt.NDArray[np.integer]] = {n: self._ids(n, n, block[n]) for n in config.categorical}
         values = {}
         for name, spec in self.encoder.numerics.items():
             read = numbers(block[name], config.numeric[name].null_values)
@@ -183,6 +218,8 @@ class _Block:
                 ids[name] = spec.bucket_ids(read.value)
             else:
                 values[name] = spec.values(read.value)
+        drawn = self.encoder.sower.draw(origin.scanned, origin.numbers(block))
+        ids, values = {**ids, **drawn[0]}, {**values, **drawn[1]}
         history = {name: self._bag(name, block[name]) for name in config.multi_valued}
         history |= {group: self._events(group, block) for group in config.sequences}
         label, beside = {}, {}

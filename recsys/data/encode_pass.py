@@ -119,7 +119,7 @@ class EncodePass:
             clean = member.screen.clean(part)
             member.report.aside += self.quarantine.rows - before
             if not clean.is_empty():
-                member.writer.add(self._encoder.encode(clean, member.report))
+                member.writer.add(self._encoder.encode(clean, member.rows.origin(block), member.report))
 
     def _save(self, end: int) -> None:
         """Make durable what is encoded, then the state that says so; the state before stays whole until then."""

@@ -55,11 +55,26 @@ def signed_log(x: Floats) -> Floats:
     return np.sign(x) * np.log1p(np.abs(x))
 
 
+class RowSample:
+    """Keeps the numbers of up to `SAMPLE_ROWS` rows: those whose row number hashes lowest, for every block size."""
+
+    def __init__(self, dtype: npt.DTypeLike = np.float64) -> None:
+        self._keys = np.empty(0, np.uint64)
+        self.values: npt.NDArray[np.floating] = np.empty(0, dtype)
+
+    def add(self, x: npt.NDArray[np.floating], rows: npt.NDArray[np.int64]) -> None:
+        """Take numbers `[n]` of rows `[n]`."""
+        keys, values = np.concatenate([self._keys, mix_array(rows)]), np.concatenate([self.values, x])
+        if len(keys) > SAMPLE_ROWS:
+            lowest = np.argpartition(keys, SAMPLE_ROWS)[:SAMPLE_ROWS]
+            keys, values = keys[lowest], values[lowest]
+        self._keys, self.values = keys, values
+
+
 class NumericFit:
     """Learns one numeric field block by block in constant memory.
 
     Moments are merged pairwise (Chan, Golub, LeVeque 1979), so that a large mean does not drown a small variance.
-    The quantile sample keeps the values whose row number hashes lowest: the same for every block size.
     """
 
     def __init__(self, options: Numeric) -> None:
@@ -67,8 +82,7 @@ class NumericFit:
         self.count = 0
         self._mean = 0.0
         self._m2 = 0.0
-        self._keys = np.empty(0, np.uint64)
-        self._sample = np.empty(0, np.float64)
+        self._sample = RowSample()
 
     def add(self, x: Floats, first_row: int) -> None:
         """Take the values of a block, `[n]` with NaN where missing, the first being row `first_row`."""
@@ -77,7 +91,7 @@ class NumericFit:
         if not len(kept):
             return
         if self._options.transform == "quantile":
-            self._draw(kept, np.flatnonzero(present) + first_row)
+            self._sample.add(kept, np.flatnonzero(present) + first_row)
             self.count += len(kept)
             return
         y = signed_log(kept) if self._options.transform == "log" else kept
@@ -89,14 +103,6 @@ class NumericFit:
         self._m2 += m2 + delta * delta * self.count * len(y) / total
         self.count = total
 
-    def _draw(self, x: Floats, rows: npt.NDArray[np.int64]) -> None:
-        keys = np.concatenate([self._keys, mix_array(rows)])
-        sample = np.concatenate([self._sample, x])
-        if len(keys) > SAMPLE_ROWS:
-            lowest = np.argpartition(keys, SAMPLE_ROWS)[:SAMPLE_ROWS]
-            keys, sample = keys[lowest], sample[lowest]
-        self._keys, self._sample = keys, sample
-
     def spec(self) -> NumericSpec:
         """Return the fitted field."""
         transform = self._options.transform
@@ -104,8 +110,9 @@ class NumericFit:
             return NumericSpec(transform)
         if transform == "quantile":
             shares = np.arange(1, self._options.buckets) / self._options.buckets
-            bounds = np.unique(np.quantile(self._sample, shares, method="higher"))
-            bounds = bounds[bounds > self._sample.min()]
+            sample = self._sample.values
+            bounds = np.unique(np.quantile(sample, shares, method="higher"))
+            bounds = bounds[bounds > sample.min()]
             return NumericSpec(transform, bounds=tuple(float(b) for b in bounds))
         scale = math.sqrt(self._m2 / self.count)
         tiny = 1e-12 * max(abs(self._mean), 1.0)

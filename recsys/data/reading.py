@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from recsys.contracts import Source
@@ -140,6 +142,23 @@ def _from(pieces: Iterator[Piece], start: int) -> Iterator[Piece]:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the rows of a block are from.
+
+    Args:
+        scanned: the name that the source has them under.
+        before: raw rows in the files before theirs.
+    """
+
+    scanned: str
+    before: int
+
+    def numbers(self, frame: pl.DataFrame) -> npt.NDArray[np.int64]:
+        """Return the number of every row among all that the source has under the name, counted from 0, `[n]`."""
+        return frame[ROW].to_numpy().astype(np.int64) + (self.before - 1)
+
+
+@dataclass(frozen=True)
 class RawRows:
     """The raw rows of one split of a recipe: those of a source for which `keep` holds.
 
@@ -168,6 +187,10 @@ class RawRows:
         """Return the columns that have to be read for `columns`, in the order of the logs."""
         wanted = {*columns, *self.needs}
         return [name for name in self.schema.names() if name in wanted]
+
+    def origin(self, block: RawBlock) -> Origin:
+        """Return where a block of the rows is from."""
+        return Origin(self.scanned, block.before)
 
     def part(self, block: RawBlock) -> RawBlock:
         """Return the rows of a block of the source that belong to the split.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from recsys.data.noise_config import Noise, Planted, planted
 from recsys.errors import did_you_mean, listing
 
 ContextName = Literal["weight", "propensity", "position", "group", "time"]
@@ -247,6 +248,7 @@ class DataConfig(_Strict):
         default={}, description="columns with several values per row"
     )
     sequences: dict[str, SequenceGroup] = Field(default={}, description="groups of past events")
+    noise: Noise = Field(default=Noise(), description="inputs that tell nothing, planted to judge feature selectors by")
     context: dict[ContextName, str] = Field(default={}, description="columns for losses and metrics, never features")
     bad_rows: BadRows = Field(default=BadRows(), description="what is done with rows that break a rule")
     batch_rows: int = Field(default=131_072, ge=1, description="rows read and encoded at once; bounds the memory")
@@ -284,6 +286,24 @@ class DataConfig(_Strict):
                     f"label {task!r} is column {rule.column!r}, which is an input too ({used[rule.column]}); "
                     "a model that sees its label learns nothing"
                 )
+        used |= {group: "sequences" for group in self.sequences}
+        used |= {rule.column: f"label {task!r}" for task, rule in self.label.items()}
+        used |= {column: f"context {name}" for name, column in self.context.items()}
+        for name in self.planted:
+            if name in used:
+                raise ValueError(
+                    f"noise: {name!r} is to be planted, and the name is taken by {used[name]}; rename that"
+                )
+            used[name] = "noise"
+
+    def noise_inputs(self) -> tuple[Planted, ...]:
+        """Return the inputs that are planted, in order; they come after the real ones."""
+        return planted(self.noise, tuple(self.categorical), tuple(self.numeric))
+
+    @property
+    def planted(self) -> tuple[str, ...]:
+        """Names of the inputs that are planted noise, in order: none of them tells anything about a label."""
+        return tuple(column.name for column in self.noise_inputs())
 
     def _check_share(self, name: str, owner: str) -> None:
         fields = dict(self._vocabularies())

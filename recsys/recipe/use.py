@@ -79,7 +79,7 @@ def predict_files(
         raise DataError(f"{listing(files)}: {frame.height} rows were scored, {len(shards)} were read")
     out.parent.mkdir(parents=True, exist_ok=True)
     _write(frame, out)
-    names = [field.name for field in run.schema.fields]
+    names = [field.name for field in run.encoder.real]
     unknown = sum(column.unknown for name, column in counts.columns.items() if name in names)
     return frame.height, unknown / (frame.height * max(len(names), 1)), counts.remark()
 

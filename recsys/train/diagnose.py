@@ -241,6 +241,8 @@ def _raw(encoder: Encoder, field: Field, index: int, value: Tensor | None) -> st
         return "missing"
     if field.numeric:
         return f"{float(value):g} after scaling" if value is not None else f"id {index}"
+    if field.name in encoder.config.planted:
+        return f"id {index}"
     if field.name not in encoder.config.categorical:
         return f"bin {index}"
     if index == UNKNOWN_ID:
