@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from recsys.nn.mlp import MLPBlock, Share, linear
     from recsys.nn.model import Model, Vectors
     from recsys.nn.optim import build_optimizer
+    from recsys.nn.own_adam import OwnAdam
     from recsys.nn.quantize import QuantizedTable, Stored, quantized
-    from recsys.nn.ranked import Best, RankedFields, Ranking, best, chosen
+    from recsys.nn.ranked import Best, RankedFields, Ranking, best, chosen, how_many, passing
     from recsys.nn.sparse import compact
     from recsys.nn.table import Table, pruned_table
     from recsys.train.distributed import gather_rows
@@ -75,6 +76,7 @@ __all__ = [
     "MLPBlock",
     "Model",
     "Named",
+    "OwnAdam",
     "Predictions",
     "QuantizedTable",
     "Rank",
@@ -100,6 +102,7 @@ __all__ = [
     "gather_rows",
     "hash_text",
     "hookimpl",
+    "how_many",
     "keep_most",
     "keep_within",
     "kept_columns",
@@ -107,6 +110,7 @@ __all__ = [
     "linear",
     "measure",
     "mix",
+    "passing",
     "places",
     "predict",
     "pruned_bytes",
@@ -134,6 +138,7 @@ _LAZY = {
     "Keep": "recsys.nn.kept",
     "Layout": "recsys.nn.layout",
     "MLPBlock": "recsys.nn.mlp",
+    "OwnAdam": "recsys.nn.own_adam",
     "Rank": "recsys.nn.kept",
     "Best": "recsys.nn.ranked",
     "RankedFields": "recsys.nn.ranked",
@@ -149,6 +154,7 @@ _LAZY = {
     "compact": "recsys.nn.sparse",
     "entmax": "recsys.nn.entmax",
     "hash_text": "recsys.data.hashing",
+    "how_many": "recsys.nn.ranked",
     "keep_most": "recsys.nn.budget",
     "keep_within": "recsys.nn.budget",
     "kept_columns": "recsys.nn.kept",
@@ -156,6 +162,7 @@ _LAZY = {
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
     "mix": "recsys.data.hashing",
+    "passing": "recsys.nn.ranked",
     "places": "recsys.nn.kept",
     "predict": "recsys.train.score",
     "pruned_bytes": "recsys.nn.budget",

@@ -40,12 +40,32 @@ def best(fields: Fields, scores: Tensor, keep: int | float) -> Tensor:
     """
     order = scores.detach().cpu().argsort(descending=True, stable=True)
     kept = torch.zeros(len(fields), dtype=torch.bool, device="cpu")
-    kept[order[: count(fields, keep)]] = True
+    kept[order[: how_many(fields, keep)]] = True
     return kept
 
 
-def count(fields: Fields, keep: int | float) -> int:
-    """How many fields are kept.
+def passing(fields: Fields, scores: Tensor, keep: int | float) -> Tensor:
+    """Which fields pass a gate, `[F] -> [F]` bool; nothing waits for the device.
+
+    Those that `best` names; all of them as long as no score differs from another, as before anything is learned.
+
+    Args:
+        fields: all of them.
+        scores: importance of each, `[F]`.
+        keep: as of `Best`.
+    """
+    return among_best(scores, how_many(fields, keep)) | (scores.amax() == scores.amin())
+
+
+def among_best(scores: Tensor, most: int) -> Tensor:
+    """The `most` largest of `[F]`, of equals the first, as bool `[F]`: by the number of better ones."""
+    s, place = scores.detach(), torch.arange(len(scores), device=scores.device)
+    ahead = (s.unsqueeze(0) > s.unsqueeze(1)) | ((s.unsqueeze(0) == s.unsqueeze(1)) & (place < place.unsqueeze(1)))
+    return ahead.sum(1) < most
+
+
+def how_many(fields: Fields, keep: int | float) -> int:
+    """How many fields are kept, `keep` as of `Best`.
 
     Raises:
         RecipeError: more than there are.
@@ -76,7 +96,7 @@ class RankedFields(nn.Module):
 
     def __init__(self, fields: Fields, rank: Callable[[Any], Ranking], keep: int | float) -> None:
         super().__init__()
-        count(fields, keep)
+        how_many(fields, keep)
         self.fields, self.keep, self._rank = fields, keep, rank
         self.importance: Tensor
         self.ranked: Tensor
@@ -119,7 +139,5 @@ class RankedFields(nn.Module):
         return dict(zip(self.fields.names, self.importance.detach().clone(), strict=True))
 
     def _open(self) -> Tensor:
-        """Which fields pass, `[F]` bool: by the number of better ones, so that nothing waits for the device."""
-        s, place = self.importance, torch.arange(len(self.fields), device=self.importance.device)
-        ahead = (s.unsqueeze(0) > s.unsqueeze(1)) | ((s.unsqueeze(0) == s.unsqueeze(1)) & (place < place.unsqueeze(1)))
-        return (ahead.sum(1) < count(self.fields, self.keep)) | ~self.ranked
+        """Which fields pass, `[F]` bool."""
+        return among_best(self.importance, how_many(self.fields, self.keep)) | ~self.ranked

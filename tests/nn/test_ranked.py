@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.api import Fields, RankedFields, Ranking, RecipeError
+from recsys.api import Fields, RankedFields, Ranking, RecipeError, best, how_many, passing
 from recsys.testing import contract
 
 
@@ -76,3 +76,20 @@ def test_contract(done):
         return made
 
     contract("selector", build)
+
+
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=7),
+    st.sampled_from([1, 0.1, 0.5, 0.7, 1.0]),
+)
+def test_what_passes_is_what_is_best_once_any_two_scores_differ(scores, keep):
+    fields = Fields(tuple("abcdefg"[: len(scores)]), (3,) * len(scores), 2)
+    found = passing(fields, torch.tensor(scores), keep)
+    assert found.all() if len(set(scores)) == 1 else torch.equal(found, best(fields, torch.tensor(scores), keep))
+
+
+def test_how_many_are_kept():
+    fields = Fields(tuple("abcdefgh"), (3,) * 8, 2)
+    assert [how_many(fields, keep) for keep in (3, 8, 0.5, 1.0, 0.01)] == [3, 8, 4, 8, 1]
+    with pytest.raises(RecipeError, match="keep: 9 fields are asked for"):
+        passing(fields, torch.arange(8.0), 9)
