@@ -131,8 +131,8 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
     with bar(run.console, disable=not run.world.leads) as progress:
         rows = FitProgress(progress, len(run.split("train")), first, options.epochs, run.stage)
         epochs.begin(task, EpochBatches(batches, first), progress)
-        trainer = _trainer(run, options, [rows, epochs], max_epochs=options.epochs - first)
         deterministic = torch.are_deterministic_algorithms_enabled()
+        trainer = _trainer(run, options, [rows, epochs], max_epochs=options.epochs - first)
         with warnings.catch_warnings():
             # Lightning suggests DataLoader workers; rows come in whole batches and need none.
             warnings.filterwarnings("ignore", module="lightning")
@@ -142,8 +142,9 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
                 # That is how Lightning passes Ctrl-C on, after it has turned further ones off.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
-        # Lightning leaves its choice behind, and metrics would be summed in another order than `recsys evaluate` does.
-        torch.use_deterministic_algorithms(deterministic)
+            finally:
+                # Lightning leaves its choice behind: metrics would be added up in another order than `evaluate` does.
+                torch.use_deterministic_algorithms(deterministic)
     if epochs.terminated:
         raise SystemExit(TERMINATED)
     run.model.to(run.device)

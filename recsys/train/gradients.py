@@ -20,25 +20,48 @@ def field_gradients(run: Run, batches: Iterable[tuple[int, Batch]]) -> Iterator[
     gradient of B times the batch's. e is what the embedding gives, before the selector; where a field is the target of
     a history, the way through the history counts too. First-order weights are no part of e.
 
+    A pass has at most as many rows as a process trains on at a time, whatever the batches have.
+
     Args:
         run: whose model and loss are meant.
         batches: (number of the first row, rows), on any device.
     """
-    model = run.model
+    model, train = run.model, run.train
+    most = -(-train.batch_size // (train.accumulate * train.devices))
     was_training, deterministic = model.training, torch.are_deterministic_algorithms_enabled()
     model.eval()
     torch.use_deterministic_algorithms(True, warn_only=run.device.type == "cuda")
     try:
-        for low, given in batches:
-            batch = given.to(run.device)
-            with torch.no_grad():
-                vectors = model.look_up(batch.ids, batch.values, batch.history)
-            e = vectors.fields.detach().requires_grad_()
-            with torch.enable_grad():
-                x = model.combine(replace(vectors, fields=e), batch.ids)
-                loss = run.loss(model.decide(x, batch.ids, batch.values), batch) * len(batch)
-                (gradient,) = torch.autograd.grad(loss, e, allow_unused=True, materialize_grads=True)
-            yield low, e.detach(), gradient
+        for first, batch in batches:
+            parts = [_pass(run, _rows(batch, slice(low, low + most))) for low in range(0, len(batch), most)]
+            e, gradient = (torch.cat(found) for found in zip(*parts, strict=True))
+            yield first, e, gradient
     finally:
         torch.use_deterministic_algorithms(deterministic)
         model.train(was_training)
+
+
+def _pass(run: Run, given: Batch) -> tuple[Tensor, Tensor]:
+    """Vectors and gradients of the rows of one pass, each `[B, F, D]`."""
+    model, batch = run.model, given.to(run.device)
+    with torch.no_grad():
+        vectors = model.look_up(batch.ids, batch.values, batch.history)
+    e = vectors.fields.detach().requires_grad_()
+    with torch.enable_grad():
+        x = model.combine(replace(vectors, fields=e), batch.ids)
+        loss = run.loss(model.decide(x, batch.ids, batch.values), batch) * len(batch)
+        (gradient,) = torch.autograd.grad(loss, e, allow_unused=True, materialize_grads=True)
+    return e.detach(), gradient
+
+
+def _rows(batch: Batch, own: slice) -> Batch:
+    """Some rows of a batch."""
+    if own.start == 0 and own.stop >= len(batch):
+        return batch
+    return Batch(
+        batch.ids[own],
+        None if batch.values is None else batch.values[own],
+        {name: (ids[own], length[own]) for name, (ids, length) in batch.history.items()},
+        {task: label[own] for task, label in batch.label.items()},
+        {name: column[own] for name, column in batch.context.items()},
+    )

@@ -48,3 +48,5 @@ class RankFields:
             write_json(run.stage_folder / COST, {"seconds": round(seconds, 3), "row_passes": found.passes})
         shown = ", ".join(f"{name} {found.scores[name]:.3g}" for name in order[:10])
         run.say(f"{run.stage}: {shown}{', …' if len(order) > 10 else ''} ({seconds:.1f} s)")
+        if len(order) > 1 and found.scores[order[0]] == found.scores[order[-1]]:
+            run.say(f"[yellow]warning: {run.stage} tells no field from another; the first ones are kept[/yellow]")

@@ -16,6 +16,7 @@ from recsys.nn.interaction import FM, MLP
 from recsys.nn.selection import KeepAll
 from recsys.testing import samples
 from recsys.train.losses import BCE
+from recsys.train.options import TrainOptions
 
 SCHEMA = replace(samples.schema(3, 1), tasks=("click", "buy"))
 
@@ -39,7 +40,8 @@ def make(schema: EncodedSchema, members: int = 1):
         if isinstance(module, nn.BatchNorm1d):  # as after some training
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-    return types.SimpleNamespace(model=model, loss=BCE(schema.tasks), device=torch.device("cpu"))
+    train = TrainOptions(batch_size=12, accumulate=2, devices=2)  # three rows in a pass
+    return types.SimpleNamespace(model=model, loss=BCE(schema.tasks), device=torch.device("cpu"), train=train)
 
 
 def doubled(batch: Batch, low: int, high: int) -> Batch:
@@ -58,6 +60,8 @@ def doubled(batch: Batch, low: int, high: int) -> Batch:
 def test_one_backward_pass_gives_every_row_the_gradient_it_has_alone(members, size):
     run, batch = make(SCHEMA, members), samples.batch(9, SCHEMA)
     run.model.train()
+    together = []
+    run.model.head.register_forward_pre_hook(lambda head, inputs: together.append(len(inputs[1])))
     state = {name: t.clone() for name, t in run.model.state_dict().items()}
     parts = [(low, doubled(batch, low, min(low + size, 9))) for low in range(0, 9, size)]
     found = list(field_gradients(run, parts))
@@ -65,6 +69,7 @@ def test_one_backward_pass_gives_every_row_the_gradient_it_has_alone(members, si
     assert not torch.are_deterministic_algorithms_enabled()
     assert all(p.grad is None for p in run.model.parameters())
     assert all(torch.equal(t, state[name]) for name, t in run.model.state_dict().items())
+    assert max(together) == min(size, 3)
     assert [low for low, _, _ in found] == [low for low, _ in parts]
     e, gradient = torch.cat([e for _, e, _ in found]), torch.cat([g for _, _, g in found])
     run.model.eval()

@@ -236,6 +236,13 @@ def test_observers_hear_of_every_stage(plugin: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_training_leaves_the_choice_of_algorithms_as_it_was(plugin: Path, tmp_path: Path) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    run, recipe, registry = start(plugin, tmp_path, "train.epochs=1", "stages=[{use: fit}]")
+    run_stages(run, recipe, registry)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_best_epoch_is_kept(plugin: Path, tmp_path: Path) -> None:
     """A learning rate so high that later epochs are worse: the kept weights are those of the best one."""
     run, recipe, registry = start(
