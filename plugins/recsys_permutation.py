@@ -64,9 +64,9 @@ def permutation(
 
     Breiman, "Random Forests", Machine Learning 45, 2001, §10; Fisher, Rudin and Dominici, "All Models are Wrong, but
     Many are Useful", JMLR 20, 2019, arXiv 1801.01489. What ERASE (KDD 2024, arXiv 2403.12660) calls permutation is
-    something else: the importance for a random forest of ten trees on the ids of the training rows. Here it is the
-    recipe's own model that is asked, about rows that it has not learned from. These rows choose the fields, so judge
-    the result by others.
+    something else, here `rf_permutation`: the importance for a random forest of ten trees, on the rows that it has
+    learned from. Here it is the recipe's own model that is asked, about rows that it has not learned from. These rows
+    choose the fields, so judge the result by others.
 
     Fields that stand in for one another all look useless, since each is shuffled alone.
 
