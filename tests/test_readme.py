@@ -161,7 +161,8 @@ def test_own_logs_from_simulation_to_scores(folder: Path) -> None:
 
     out = run(["train", "mine.yaml", "train.epochs=1", "--out", "runs/mine", "--json"])
     result = json.loads(out.splitlines()[-1])
-    known = {"run", "metrics", "seconds", "rows_per_second", "row_passes", "parameters", "bytes", "embedding_bytes"}
+    known = {"run", "metrics", "seconds", "stage_seconds", "resumed", "rows_per_second", "row_passes", "parameters"}
+    known |= {"bytes", "embedding_bytes"}
     assert set(result) == known
     assert set(result["metrics"]["test"]) == {"auc", "logloss", "gauc", "ece"}
     described = re.findall(r"^\| `([^`]+)` \|", section("Train on your own logs"), re.MULTILINE)

@@ -155,11 +155,15 @@ def write(bench: Bench, lines: Sequence[Line], out: Path) -> None:
     """Write `table.md`, `table.csv` and `table.json` into `out`."""
     header, rows = cells(bench, lines)
     out.mkdir(parents=True, exist_ok=True)
-    table = [header, ["---"] * len(header), *rows]
-    (out / "table.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in table), encoding="utf-8")
+    (out / "table.md").write_text(markdown(header, rows) + "\n", encoding="utf-8")
     with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     (out / "table.json").write_text(json.dumps(to_json(bench, lines), indent=2) + "\n", encoding="utf-8")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def to_json(bench: Bench, lines: Sequence[Line]) -> dict[str, Any]:
@@ -168,11 +172,14 @@ def to_json(bench: Bench, lines: Sequence[Line]) -> dict[str, Any]:
         "table": bench.name,
         "split": bench.split,
         "seeds": list(bench.seeds),
-        "rows": [_plain(asdict(line)) for line in lines],
+        "rows": [plain(asdict(line)) for line in lines],
     }
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: lists, text as keys, and null for what is undefined."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 
-from recsys.errors import RecipeError
+from recsys.bench.options import Plot, Row, Selection, Table, Vary
+from recsys.bench.retraining import Retraining, check_search, read_retraining
+from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.plugin import options
 from recsys.plugin.registry import Registry
 from recsys.recipe import reader
@@ -20,50 +22,6 @@ from recsys.recipe.check import Recipe, find_recipe, load_recipe
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,63}")
 
 Part = TypeVar("Part", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Vary(_Strict):
-    """An option that a row of the table is repeated with."""
-
-    option: str = Field(description="path of the option in the recipe, such as `model.embedding.budget`")
-    values: list[Any] = Field(min_length=1, description="its values; each gives a row called `name@value`")
-
-
-class Plot(_Strict):
-    """A picture of the table: one point for every row, one line for every row that is varied."""
-
-    x: Literal["bytes", "embedding_bytes", "parameters", "epoch_seconds", "value"] = Field(
-        "embedding_bytes", description="what goes to the right; `value` is that of the varied option"
-    )
-    y: str = Field("auc", description="metric that goes upwards")
-    log: bool = Field(True, description="logarithmic scale to the right")
-
-
-class Row(_Strict):
-    """A recipe of the table."""
-
-    recipe: str = Field(description="recipe file, relative to the table's folder, or one that comes with recsys")
-    name: str | None = Field(default=None, description="in the table; by default the recipe's file name")
-    overrides: list[str] = Field(default=[], description="changes of the recipe, such as `train.learning_rate=0.01`")
-    vary: dict[str, Any] | None = Field(default=None, description="{option, values}: one row for each value")
-    published: dict[str, float] = Field(default={}, description="metric -> published value")
-    source: str = Field(default="", description="where and how that was measured")
-
-
-class Table(_Strict):
-    """Recipes to train with several seeds each."""
-
-    rows: list[dict[str, Any]] = Field(min_length=1, description="the recipes")
-    metrics: list[str] = Field(default=["auc", "logloss"], min_length=1, description="columns of the table")
-    split: str = Field(default="test", description="split on which they are measured")
-    seeds: int = Field(default=5, ge=1, description="runs of each recipe")
-    first_seed: int = Field(default=2021, ge=0, description="train.seed of the first run; the others follow")
-    overrides: list[str] = Field(default=[], description="changes of every recipe, such as `train.threads=1`")
-    plot: dict[str, Any] | None = Field(default=None, description="{x, y, log}: a picture of the table, plot.svg")
 
 
 @dataclass(frozen=True)
@@ -93,7 +51,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Bench:
-    """A checked table."""
+    """A checked table.
+
+    Args:
+        name: of the file.
+        metrics: columns.
+        split: on which they are measured.
+        seeds: of the runs.
+        entries: the rows.
+        plot: picture of the rows.
+        retraining: how the rankings of a selection table are judged.
+    """
 
     name: str
     metrics: tuple[str, ...]
@@ -101,6 +69,19 @@ class Bench:
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
     plot: Plot | None = None
+    retraining: Retraining | None = None
+
+    def chosen(self, only: Sequence[str] | None) -> tuple[Entry, ...]:
+        """Return the rows of these names, or all.
+
+        Raises:
+            RunError: a name is none of them.
+        """
+        names = [entry.name for entry in self.entries]
+        for name in only or ():
+            if name not in names:
+                raise RunError(f"--only: no row '{name}'.{did_you_mean(name, names)} Rows: {listing(names)}")
+        return tuple(entry for entry in self.entries if not only or entry.name in only)
 
 
 def read_table(path: Path, registry: Registry, seeds: int | None = None) -> Bench:
@@ -121,43 +102,87 @@ def read_table(path: Path, registry: Registry, seeds: int | None = None) -> Benc
             Row.model_construct(**options.check(Row, "the row", row, f"rows[{i}]", ("rows", i)))
             for i, row in enumerate(table.rows)
         ]
-        entries = tuple(entry for i, row in enumerate(rows) for entry in _entries(row, table, path, registry, i))
-        plot = _part(Plot, table.plot, "plot", ("plot",)) if table.plot is not None else None
-        if plot is not None:
-            registry.check("metric", plot.y, "plot.y")
-            if plot.y not in table.metrics:
-                raise RecipeError(f"plot.y: {plot.y!r} is none of the table's metrics", path=("plot", "y"))
+        judged = None
+        if table.selection is not None:
+            checked = options.check(Selection, "selection", table.selection, "selection", ("selection",))
+            judged = Selection.model_construct(**checked)
+        entries = tuple(
+            entry for i, row in enumerate(rows) for entry in _entries(row, table, judged, path, registry, i)
+        )
         names = [entry.name for entry in entries]
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise RecipeError(f"rows[{i}]: {name!r} is in the table already; give one a `name`", path=("rows", i))
             if not _NAME.fullmatch(name):
                 raise RecipeError(f"rows[{i}].name: {name!r} is no name for a folder", path=("rows", i))
+        plot = _plot(table, registry)
+        retraining = None
+        if judged is not None:
+            recipe = _find(judged.base, path)
+            base = load_recipe(recipe, registry, (*table.overrides, *judged.overrides))
+            retraining = read_retraining(judged, recipe.resolve(), base, table.overrides, table.metrics)
+            for entry in entries:
+                check_search(entry.name, entry.recipe, retraining)
+            if judged.reference is not None and judged.reference not in names:
+                raise RecipeError(
+                    f"selection.reference: no row '{judged.reference}'.{did_you_mean(judged.reference, names)} "
+                    f"Rows: {listing(names)}",
+                    path=("selection", "reference"),
+                )
     except RecipeError as error:
         where = document.where(error.path)
         raise RecipeError(f"{where}: {error}" if where else str(error), path=error.path) from None
     chosen = range(table.first_seed, table.first_seed + (seeds or table.seeds))
-    return Bench(path.stem, tuple(table.metrics), table.split, tuple(chosen), entries, plot)
+    return Bench(path.stem, tuple(table.metrics), table.split, tuple(chosen), entries, plot, retraining)
 
 
-def _entries(row: Row, table: Table, path: Path, registry: Registry, index: int) -> Iterator[Entry]:
+def _plot(table: Table, registry: Registry) -> Plot | None:
+    """The picture that the table asks for."""
+    if table.plot is None:
+        return None
+    if table.selection is not None:
+        raise RecipeError("plot: a selection table has pictures of its own; leave this out", path=("plot",))
+    plot = _part(Plot, table.plot, "plot", ("plot",))
+    registry.check("metric", plot.y, "plot.y")
+    if plot.y not in table.metrics:
+        raise RecipeError(f"plot.y: {plot.y!r} is none of the table's metrics", path=("plot", "y"))
+    return plot
+
+
+def _entries(
+    row: Row, table: Table, judged: Selection | None, path: Path, registry: Registry, index: int
+) -> Iterator[Entry]:
     """The entry of a row, or one for each value of the option that it varies."""
     if row.vary is None:
-        yield _entry(row, table, path, registry, index)
+        yield _entry(row, table, judged, path, registry, index)
         return
     vary = _part(Vary, row.vary, f"rows[{index}].vary", ("rows", index, "vary"))
     for value in vary.values:
-        yield _entry(row, table, path, registry, index, (vary.option, value))
+        yield _entry(row, table, judged, path, registry, index, (vary.option, value))
 
 
 def _entry(
-    row: Row, table: Table, path: Path, registry: Registry, index: int, varied: tuple[str, Any] | None = None
+    row: Row,
+    table: Table,
+    judged: Selection | None,
+    path: Path,
+    registry: Registry,
+    index: int,
+    varied: tuple[str, Any] | None = None,
 ) -> Entry:
-    beside = path.parent / row.recipe
-    recipe = beside if beside.is_file() else find_recipe(row.recipe)
-    overrides = (*table.overrides, *row.overrides)
-    series = name = row.name or recipe.stem
-    value = None
+    if row.recipe is None and judged is None:
+        raise RecipeError(f"rows[{index}]: 'the row' needs the option 'recipe'", path=("rows", index))
+    overrides = tuple(table.overrides)
+    if row.recipe is None and judged is not None:
+        recipe, overrides = _find(judged.base, path), (*overrides, *judged.overrides)
+    else:
+        recipe = _find(row.recipe or "", path)
+    series = row.name or recipe.stem
+    if row.selector is not None:
+        series = row.name or str(row.selector if isinstance(row.selector, str) else row.selector.get("use"))
+        # Without stages of the recipe, those that the selector names.
+        overrides = (*overrides, f"model.selector={json.dumps(row.selector)}", "stages=null")
+    overrides, name, value = (*overrides, *row.overrides), series, None
     if varied is not None:
         option, value = varied
         overrides, name = (*overrides, f"{option}={json.dumps(value)}"), f"{series}@{value}"
@@ -165,6 +190,12 @@ def _entry(
     for metric in (*table.metrics, *row.published):
         registry.check("metric", metric, "metrics" if metric in table.metrics else f"rows[{index}].published")
     return Entry(name, recipe.resolve(), overrides, checked, dict(row.published), row.source, series, value)
+
+
+def _find(recipe: str, table: Path) -> Path:
+    """The file of a recipe: beside the table, or one that comes with the package."""
+    beside = table.parent / recipe
+    return beside if beside.is_file() else find_recipe(recipe)
 
 
 def _part(model: type[Part], given: Mapping[str, Any], where: str, path: tuple[str | int, ...]) -> Part:

@@ -10,15 +10,13 @@ import typer
 
 from recsys.cli.extras import PluginFiles, Without, make_console, open_registry, require
 from recsys.cli.train import DataRootOption
-from recsys.errors import RecsysError, RunError, did_you_mean, listing
+from recsys.errors import RecsysError, RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
-    from recsys.bench.report import Line
-    from recsys.bench.table import Bench, Entry
+    from recsys.bench.execute import Workers
+    from recsys.bench.study import Study
 
 
 def command(
@@ -46,72 +44,74 @@ def command(
     lets every run save first). Seeds come first: after a while, every recipe has one run, then two. The table is in
     `table.md`, `table.csv` and `table.json`, and always tells the runs that are finished. A table with a `plot:` is
     drawn too, into `plot.svg`, when the extra `report` is installed.
+
+    A table with a `selection:` compares rankings of fields: every row's recipe runs up to its first `prune`, then the
+    base is trained with the best fields of each ranking, every set once. It draws `curves.svg` and `cost.svg`.
     """
     registry = open_registry(plugin, without)
     from recsys.bench.execute import Workers
-    from recsys.bench.execute import jobs as jobs_of
-    from recsys.bench.report import summarise, to_json, write
+    from recsys.bench.study import study
     from recsys.bench.table import read_table
     from recsys.recipe.check import find_recipe
 
     bench = read_table(find_recipe(table), registry, seeds)
-    todo = [job for job in jobs_of(bench, out) if _wanted(job.entry, bench, only)]
+    running = study(bench, out, only)
     options = [] if data_root is None else ["--data-root", str(data_root.resolve())]
     options += [part for file in plugin or () for part in ("--plugin", str(file.resolve()))]
     options += [part for name in without or () for part in ("--without", name)]
-    left = [job for job in todo if not job.done]
     console = make_console(stderr=as_json)
-    console.print(f"{bench.name}: {len(todo)} runs, {len(todo) - len(left)} finished before", highlight=False)
+    failures = _run(running, Workers(options, jobs, threads), console)
+    running.write()
+    for header, rows in running.cells():
+        _print(console, header, rows)
+    if running.pictured():
+        _draw(console, running)
+    if as_json:
+        print(json.dumps(running.to_json()))
+    if failures:
+        raise RunError("\n".join(map(str, failures)))
+
+
+def _run(running: Study, workers: Workers, console: Console) -> list[RunError]:
+    """Run what is not finished; returns what to say of what failed, first of all how much."""
     from recsys.train.progress import bar
 
+    failures: list[RunError] = []
+    total = 0
     with bar(console) as progress:
-        task = progress.add_task("runs", total=len(left))
+        task = progress.add_task("runs", total=0)
 
         def tell(job: object, error: RunError | None) -> None:
             if error is not None:
                 console.print(f"[red]{str(error).splitlines()[0]}[/red]")
             progress.advance(task)
-            write(bench, summarise(bench, todo), out)
+            running.write()
 
-        failures = Workers(options, jobs, threads).run(left, tell)
-    lines = summarise(bench, todo)
-    write(bench, lines, out)
-    _print(console, bench, [line for line in lines if line.runs])
-    if bench.plot is not None:
-        _draw(console, bench, lines, out)
-    if as_json:
-        print(json.dumps(to_json(bench, lines)))
-    if failures:
-        raise RunError("\n".join([f"{len(failures)} of {len(left)} runs failed", *map(str, failures)]))
-
-
-def _wanted(entry: Entry, bench: Bench, only: Sequence[str] | None) -> bool:
-    names = [e.name for e in bench.entries]
-    for name in only or ():
-        if name not in names:
-            raise RunError(f"--only: no row '{name}'.{did_you_mean(name, names)} Rows: {listing(names)}")
-    return not only or entry.name in only
+        for wave in running.waves():
+            left = [job for job in wave.jobs if not job.done]
+            done = len(wave.jobs) - len(left)
+            console.print(f"{wave.title}: {len(wave.jobs)} runs, {done} finished before", highlight=False)
+            total += len(left)
+            progress.update(task, total=total)
+            failures += workers.run(left, tell)
+    failed = [RunError(f"{len(failures)} of {total} runs failed")] if failures else []
+    return [*failed, *failures, *running.problems]
 
 
-def _draw(console: Console, bench: Bench, lines: Sequence[Line], out: Path) -> None:
+def _draw(console: Console, running: Study) -> None:
     """Draw the finished rows of the table, or say what that needs."""
     try:
         require("report")
     except RecsysError as error:
         console.print(f"[yellow]no plot: {error}[/yellow]", highlight=False)
         return
-    from recsys.bench.plots import draw
-
-    if draw(bench, lines, out / "plot.svg"):
-        console.print(f"{out / 'plot.svg'}", highlight=False)
+    for path in running.draw():
+        console.print(str(path), highlight=False)
 
 
-def _print(console: Console, bench: Bench, lines: Sequence[Line]) -> None:
+def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
 
-    from recsys.bench.report import cells
-
-    header, rows = cells(bench, lines)
     shown = Table(*header, box=None, pad_edge=False)
     for row in rows:
         shown.add_row(*row)

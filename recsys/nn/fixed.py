@@ -1,8 +1,8 @@
-"""The selector that keeps what another run chose."""
+"""The selector that keeps what it is told: given fields, or what another run chose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,23 +15,24 @@ from recsys.nn.selection import both, load_selection
 
 
 class Fixed(nn.Module):
-    """Keeps what another run chose: its fields, rows, dimensions and single numbers; nothing is learned.
+    """Keeps given fields, or what another run chose: its fields, rows, dimensions and numbers; nothing is learned.
 
     Rows and numbers go by id: the stage `prune` refuses them where the vocabularies are not those of that run.
+    Exactly one of the options is given.
 
     Args:
         from_: folder of a run whose stage `prune` chose, or one of its `selection.safetensors`.
+        fields: names of the fields to keep whole.
     """
 
-    def __init__(self, fields: Fields, *, from_: str) -> None:
+    def __init__(self, every: Fields, *, from_: str | None = None, fields: tuple[str, ...] | None = None) -> None:
         super().__init__()
-        self.fields = fields
-        self.selection = read_choice(Path(from_))
-        _check(self.selection, fields, from_)
-        keep = torch.zeros(len(fields), fields.dim, dtype=torch.bool, device="cpu")
-        for f, name in enumerate(fields.names):
+        self.fields = every
+        self.selection = _told(every, from_, fields)
+        keep = torch.zeros(len(every), every.dim, dtype=torch.bool, device="cpu")
+        for f, name in enumerate(every.names):
             keep[f] = self.selection.dims.get(name, True) if name in self.selection.fields else False
-        sized = list(zip(fields.names, fields.rows, strict=True))
+        sized = list(zip(every.names, every.rows, strict=True))
 
         def joined(masks: Mapping[str, Tensor], *dims: int) -> Tensor | None:
             """The masks of all fields one after the other; None where there are none."""
@@ -41,9 +42,9 @@ class Fixed(nn.Module):
 
         buffers = {
             "keep": keep,
-            "first": torch.tensor([0, *fields.rows[:-1]], device="cpu").cumsum(0),
+            "first": torch.tensor([0, *every.rows[:-1]], device="cpu").cumsum(0),
             "rows": joined(self.selection.rows),
-            "numbers": joined(self.selection.elements, fields.dim),
+            "numbers": joined(self.selection.elements, every.dim),
         }
         self.keep: Tensor
         self.first: Tensor
@@ -72,7 +73,7 @@ class Fixed(nn.Module):
         """Nothing to anneal."""
 
     def kept(self) -> Selection:
-        """What that run chose."""
+        """What it was told to keep."""
         return self.selection
 
     def scores(self) -> Mapping[str, Tensor]:
@@ -87,6 +88,31 @@ class Fixed(nn.Module):
                 mask = mask & self.numbers[first : first + rows]
             shares[name] = mask.float().mean()
         return shares
+
+
+def _told(every: Fields, run: str | None, names: Sequence[str] | None) -> Selection:
+    """The selection of a run, or that of the named fields in the model's order.
+
+    Raises:
+        RecipeError: both or neither is given, no field is named, or one that the model does not have.
+    """
+    if (run is None) == (names is None):
+        raise RecipeError("give either `from`, a run that chose, or `fields`, the names of those to keep")
+    if run is not None:
+        selection = read_choice(Path(run))
+        _check(selection, every, run)
+        return selection
+    named = names or ()
+    for name in named:
+        if name not in every.names:
+            raise RecipeError(
+                f"model.selector.fields: the model has no field '{name}'.{did_you_mean(name, every.names)} "
+                f"Fields: {listing(every.names)}",
+                path=("model", "selector", "fields"),
+            )
+    if not named:
+        raise RecipeError("model.selector.fields: name at least one field", path=("model", "selector", "fields"))
+    return Selection(tuple(name for name in every.names if name in named))
 
 
 def read_choice(path: Path) -> Selection:

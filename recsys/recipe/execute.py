@@ -248,6 +248,8 @@ class Session:
                 for split, scores in run.scores.items()
             },
             "seconds": round(seconds, 3),
+            "stage_seconds": run.stage_seconds,
+            "resumed": self.resume,
             "rows_per_second": round(run.rows_trained / run.seconds_training, 1) if run.seconds_training else None,
             "row_passes": 3 * run.rows_trained + run.row_passes,
             "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -284,7 +286,9 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
         registry.hooks.recsys_before_stage(run=run, stage=label)
         # A stage that follows others draws what it would draw if the run had been stopped and resumed before it.
         lightning.seed_everything(run.seed(label, "stage", run.world.rank) % 2**32, verbose=False)
+        started = time.monotonic()
         stage.run(run)
+        run.stage_seconds[label] = round(time.monotonic() - started, 3)
         run.stage_done(label)
         registry.hooks.recsys_after_stage(run=run, stage=label, metrics=run.scores)
 

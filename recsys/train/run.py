@@ -71,6 +71,7 @@ class Run:
         reference: best values possible, for a source that knows them.
         rows_trained: rows that a step of training was made with.
         row_passes: forward passes of one row besides those of these steps; a backward pass counts as two.
+        stage_seconds: stage → how long it took, since the run was started or last resumed.
     """
 
     folder: Path
@@ -90,6 +91,7 @@ class Run:
     rows_trained: int = 0
     row_passes: int = 0
     seconds_training: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -218,6 +220,7 @@ class Run:
         self.state["rows_trained"] = self.rows_trained
         self.state["row_passes"] = self.row_passes
         self.state["seconds_training"] = self.seconds_training
+        self.state["stage_seconds"] = self.stage_seconds
         if self.world.leads:
             write_json(self.folder / "state.json", self.state)
         wait_for_all()
@@ -236,6 +239,7 @@ class Run:
         self.rows_trained = self.state.get("rows_trained", 0)
         self.row_passes = self.state.get("row_passes", 0)
         self.seconds_training = self.state.get("seconds_training", 0.0)
+        self.stage_seconds = self.state.get("stage_seconds", {})
         restore_model(self)
 
     def _write_tensors(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -115,6 +115,7 @@ class Prune:
         before = run.model.bytes()
         selection, scores = run.model.kept(), run.model.scores()
         whole = is_everything(selection, run.model.embedding.fields)
+        gone = [name for name in run.model.embedding.fields.names if name not in selection.fields]
         run.apply_selection(selection)
         run.keep_weights()
         after = run.model.bytes()
@@ -124,6 +125,11 @@ class Prune:
                 write_json(run.stage_folder / SCORES, scores)
         nothing = " (everything is kept)" if whole else ""
         run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
+        if gone and run.model.head.table_parameters():
+            run.say(
+                f"[yellow]warning: {run.stage} removes {listing(gone)} from the embedding alone; first-order weights "
+                "(`model.head.wide`) keep them, and the model goes on reading them[/yellow]"
+            )
         if is_nothing(selection, run.model.embedding.fields):
             run.say(
                 f"[yellow]warning: {run.stage} kept no number of any field; the embedding tells no row apart[/yellow]"

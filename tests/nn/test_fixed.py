@@ -69,8 +69,40 @@ def test_contract(tmp_path):
     contract("selector", build)
 
 
+def test_named_fields_are_kept_whole_in_the_order_of_the_model():
+    selector = Fixed(FIELDS, fields=("hour", "user"))
+    e = torch.randn(20, 3, 4)
+    ids = torch.stack([torch.randint(0, r, (20,)) for r in FIELDS.rows], 1)
+    out = selector(e, ids)
+    assert torch.equal(out[:, [0, 2]], e[:, [0, 2]])
+    assert not out[:, 1].any()
+    assert selector.kept() == Selection(("user", "hour"))
+    assert {name: float(s) for name, s in selector.scores().items()} == {"user": 1.0, "item": 0.0, "hour": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either `from`"),
+        ({"from_": "runs/x", "fields": ("user",)}, "give either `from`"),
+        ({"fields": ("user", "itm")}, r"has no field 'itm'. Did you mean 'item'\? Fields: user, item, hour"),
+        ({"fields": ()}, "name at least one field"),
+    ],
+)
+def test_what_it_cannot_be_told(options, message):
+    with pytest.raises(RecipeError, match=message):
+        Fixed(FIELDS, **options)
+
+
+def test_contract_of_named_fields():
+    def build(fields, *, named: int = 2):
+        return Fixed(fields, fields=fields.names[:named])
+
+    contract("selector", build)
+
+
 def test_the_option_has_the_name_that_python_keeps_for_itself(file):
-    assert [option.name for option in describe(Fixed)] == ["from"]
+    assert [option.name for option in describe(Fixed)] == ["from", "fields"]
     assert "folder of a run" in describe(Fixed)[0].description
 
 
