@@ -30,7 +30,7 @@ def draw(bench: Bench, lines: Sequence[Line], out: Path) -> list[Path]:
 
 def draw_curves(bench: Bench, lines: Sequence[Line], path: Path) -> Path:
     """Draw AUC over the number of fields, a line for each row, bars of one standard deviation over seeds."""
-    figure = _figure(8)
+    figure = _figure(10)
     axes = figure.add_subplot()
     for i, line in enumerate(lines):
         if line.curve:
@@ -40,7 +40,7 @@ def draw_curves(bench: Bench, lines: Sequence[Line], path: Path) -> Path:
     axes.set_xlabel("number of fields")
     axes.set_ylabel(f"{bench.split} {AUC}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside right upper", fontsize="small")
     axes.set_title(bench.name)
     return _save(figure, path)
 
@@ -54,6 +54,7 @@ def draw_cost(bench: Bench, lines: Sequence[Line], path: Path) -> Path:
             _dot(left, i, line.name, line.seconds, line.aukc)
             _dot(right, i, line.name, line.relative, line.aukc)
     left.set_xscale("log")
+    left.tick_params(axis="x", which="minor", labelsize=6, labelrotation=45)
     right.set_xscale("symlog", linthresh=0.1)  # some searches make no pass at all
     right.set_xlim(
         -0.02, 1.5 * max([1.0, *(line.relative.mean + _bar(line.relative) for line in lines if line.relative)])
