@@ -326,16 +326,9 @@ def taken(x: Tensor, order: Tensor) -> Tensor:
 
 @hookimpl
 def recsys_before_stage(run: Run, stage: str) -> None:
-    """Remember where the gates are; warn once of what passes them by."""
-    selector = run.model.selector
-    if not isinstance(selector, LeAP):
-        return
-    selector.steps_before = int(selector.steps)
-    if not run.state["stages"] and run.model.head.table_parameters():
-        run.say(
-            "[yellow]warning: first-order weights (`model.head.wide`) do not pass the gates of leap; a field that they "
-            "use looks less useful than it is, and stays in them when it is dropped[/yellow]"
-        )
+    """Remember where the gates are."""
+    if isinstance(run.model.selector, LeAP):
+        run.model.selector.steps_before = int(run.model.selector.steps)
 
 
 @hookimpl

@@ -25,6 +25,8 @@ from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
 from recsys.data.prepare import Prepared
 from recsys.errors import RecipeError, RecsysError, RunError, listing
+from recsys.nn.fixed import Fixed
+from recsys.nn.selection import KeepAll
 from recsys.plugin.options import arguments
 from recsys.plugin.registry import Registry
 from recsys.recipe import reader
@@ -278,6 +280,13 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
     _check_stages_of_parts(run, stages)
     if run.model.decides and not pruned:
         run.say("[yellow]warning: the model chooses what to leave out, but no stage `prune` removes it[/yellow]")
+    selector = run.model.selector
+    judges = not isinstance(selector, KeepAll | Fixed | Ranking)  # by what it learns while the model is trained
+    if judges and not run.state["stages"] and run.model.head.table_parameters():
+        run.say(
+            "[yellow]warning: first-order weights (`model.head.wide`) do not pass the selector; a field that they use "
+            "looks less useful to it than it is, and stays in them when it is dropped[/yellow]"
+        )
     for label, stage in stages:
         if label in run.state["stages"]:
             run.say(f"{label}: done before")

@@ -102,10 +102,17 @@ def test_the_same_seed_gives_the_same_gates(tmp_path):
     assert torch.equal(*found)
 
 
-def test_first_order_weights_that_pass_the_gates_by_are_told(tmp_path):
-    run, recipe, registry = start(tmp_path, "stages=[{use: fit, epochs: 1}]", "model.head.wide=true")
+@pytest.mark.parametrize(
+    ("selector", "wide", "told"),
+    [("leap", "true", True), ("optfs", "true", True), ("leap", "false", False), ("keep_all", "true", False)],
+)
+def test_first_order_weights_that_pass_the_gates_by_are_told_once(selector, wide, told, tmp_path):
+    stages = "stages=[{use: fit, name: one, epochs: 1}, {use: fit, name: two, epochs: 1}]"
+    changes = (stages, f"model.selector={{use: {selector}}}", f"model.head.wide={wide}")
+    run, recipe, registry = start(tmp_path, *changes)
     run_stages(run, recipe, registry)
-    assert "do not pass the gates of leap" in (tmp_path / "log.txt").read_text()
+    run.console.file.flush()
+    assert (tmp_path / "log.txt").read_text().count("do not pass the selector") == int(told)
 
 
 @pytest.mark.ddp
