@@ -26,6 +26,9 @@ SMALL = 40
 SCORES = 2**17
 """Number of scores that `_Layer` works on at a time: with what belongs to their rows they fit a core's cache."""
 
+ROWS = 256
+"""Rows at a time where nobody asks for gradients."""
+
 
 class Sizes(NamedTuple):
     """What `_Layer` has to know beside its tensors: total width and number of heads, factor of the scores, ReLU."""
@@ -86,20 +89,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
-        rows, count, _ = e.shape
-        shares = e.new_empty(sizes.heads, rows, count, count)
-        out = e.new_empty(rows, count, sizes.width)
-        step = sizes.rows(count)
-        kept: list[Tensor] = []
-        for x, p, y in zip(*(torch.split(z, step) for z in (e, shares.transpose(0, 1), out)), strict=True):
-            kept.append(_projected(x, weight, bias))
-            q, k, v, *residual = torch.split(kept[-1], sizes.width, 2)
-            heads = zip(p.unbind(1), sizes.parts(q, k, v), strict=True)
-            torch.cat([torch.bmm(_shares_(s, q, k, sizes.scale), v) for s, (q, k, v) in heads], 2, out=y)
-            if residual:
-                y.add_(residual[0])
-            if sizes.rectified:
-                y.relu_()
+        out, shares, kept = _in_blocks(e, weight, bias, sizes, keep=True)
         ctx.save_for_backward(e, weight, bias, shares, out, *kept)
         ctx.sizes = sizes
         return out
@@ -131,6 +121,30 @@ class _Layer(torch.autograd.Function):
             torch.mm(flat, weight, out=d_x.flatten(0, 1))
             d_weight.addmm_(flat.t(), x.flatten(0, 1))
         return d_e, d_weight, d_bias, None
+
+
+def _in_blocks(
+    e: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes, *, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The output, the shares of attention and the projections; the last two of the last rows alone unless kept."""
+    rows, count, _ = e.shape
+    step = sizes.rows(count) if keep else ROWS
+    out = e.new_empty(rows, count, sizes.width)
+    shares = e.new_empty(sizes.heads, rows if keep else min(rows, step), count, count)
+    kept: list[Tensor] = []
+    for x, y in zip(torch.split(e, step), torch.split(out, step), strict=True):
+        p = shares[:, len(kept) * step :][:, : len(x)]
+        projected = _projected(x, weight, bias)
+        q, k, v, *residual = torch.split(projected, sizes.width, 2)
+        heads = zip(p.unbind(0), sizes.parts(q, k, v), strict=True)
+        torch.cat([torch.bmm(_shares_(s, q, k, sizes.scale), v) for s, (q, k, v) in heads], 2, out=y)
+        if residual:
+            y.add_(residual[0])
+        if sizes.rectified:
+            y.relu_()
+        if keep:
+            kept.append(projected)
+    return out, shares, kept
 
 
 def _plain(sizes: Sizes, e: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,7 +226,10 @@ class InteractingLayer(nn.Module):
         rectified = not identity and not norm_first
         if _by_hand(e) and not (self.training and self.dropout):
             sizes = Sizes(self.width, self.heads, self.scale, rectified)
-            out: Tensor = _Layer.apply(e, self.weight, self.bias, sizes)  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled() and (e.requires_grad or self.weight.requires_grad):
+                out: Tensor = _Layer.apply(e, self.weight, self.bias, sizes)  # type: ignore[no-untyped-call]
+            else:
+                out = _in_blocks(e, self.weight, self.bias, sizes, keep=False)[0]
         else:
             out = self._mixed(e)
             out = out.relu() if rectified else out

@@ -380,3 +380,14 @@ def test_large_embeddings_stay_finite():
 def test_a_batch_without_rows_gives_none(preset, count):
     model = AutoInt(fields(count, 8), preset=preset, layers=2, width=8)
     assert model(torch.zeros(0, count, 8)).shape == (0, model.width)
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("options", [{}, {"residual": "none"}, {"activated": True}])
+def test_without_gradients_the_same_comes_out(rows, options):
+    layer = InteractingLayer(5, 6, 2, Variant(**options)).double()
+    e = torch.randn(rows, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+    with torch.no_grad():
+        alone = layer(e)
+    torch.testing.assert_close(alone, layer(e), rtol=1e-12, atol=1e-12)
+    assert not alone.requires_grad
