@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Literal
 
 import pydantic
@@ -21,6 +20,7 @@ from recsys.api import (
     Selection,
     Share,
     chosen,
+    full_precision,
     hookimpl,
     how_many,
     passing,
@@ -105,7 +105,7 @@ class AdaFS(nn.Module):
         """
         if self.training and len(e) == 1:
             raise DataError("selector adafs: the vectors of one row cannot be normalised; use larger batches")
-        with _full_precision(e):
+        with full_precision(e):
             x = self.norm(e.flatten(1).to(self.last.weight.dtype))
             z = self.last(self.layers(x)) * (self.progress >= self.warmup)
             s: Tensor = z.softmax(1)
@@ -155,12 +155,6 @@ class AdaFS(nn.Module):
     def _passes(self) -> Tensor:
         """`[F]` bool."""
         return passing(self.fields, self.importance, self.keep)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, where the device has it at all."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @hookimpl

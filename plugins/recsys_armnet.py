@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,7 +12,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.api import Component, Fields, MLPBlock, RecipeError, entmax, hookimpl
+from recsys.api import Component, Fields, MLPBlock, RecipeError, entmax, full_precision, hookimpl
 
 Preset = Literal["paper", "official"]
 Share = Annotated[float, Limits(ge=0, lt=1)]
@@ -74,7 +73,7 @@ class ExponentialNeurons(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         """`[B, F, D] -> [B, D, K·o]`, at least float32 whatever autocast says: exponents bear no half precision."""
-        with _full_precision(e):
+        with full_precision(e):
             e = e if e.dtype == torch.float64 else e.float()
             exponent = e.transpose(1, 2) @ self.weights(e)  # [B, D, K·o]
             if self.limit is not None:
@@ -161,7 +160,7 @@ class ARMNet(nn.Module):
             `order [F + 1]`: the share of supports with 0, 1, … F fields.
         """
         e = e if e.dtype == torch.float64 else e.float()
-        with _full_precision(e):
+        with full_precision(e):
             gates = self.neurons.gates(e).transpose(1, 2)  # [B, K·o, F]
         value = self.neurons.value.flatten(0, 1)  # [K·o, F]
         weights = gates * value
@@ -254,12 +253,6 @@ class ARMNetPlus(nn.Module):
     def explain(self, e: Tensor) -> Mapping[str, Tensor]:
         """As ARM-Net."""
         return self.relations.explain(e[:, :, : self.dims[0]])
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, where the device has it at all."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _sets(members: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 
 import pydantic
@@ -11,7 +10,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from recsys.api import Best, Component, Fields, Selection, chosen, hookimpl, how_many, linear, passing
+from recsys.api import Best, Component, Fields, Selection, chosen, full_precision, hookimpl, how_many, linear, passing
 
 MEMORY = 0.98
 """Of the moving average of the gates."""
@@ -86,7 +85,7 @@ class MvFS(nn.Module):
 
     def gates(self, e: Tensor) -> Tensor:
         """s, `[B, F, D] -> [B, F]`, in float32 whatever autocast says."""
-        with _full_precision(e):
+        with full_precision(e):
             share = self.shares(e.flatten(1).to(self.views.weight.dtype))
             t = 1 + self.pace * self.batches
             s: Tensor = (1 + (t.clamp(min=self.sharpness) * (share - self.level)).tanh()) / 2
@@ -131,12 +130,6 @@ class MvFS(nn.Module):
     def _passes(self) -> Tensor:
         """`[F]` bool."""
         return passing(self.fields, self.importance, self.keep)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, where the device has it at all."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @hookimpl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.api import Batch, Component, MLPBlock, RecipeError, hookimpl, label_bce, linear
+from recsys.api import Batch, Component, MLPBlock, RecipeError, full_precision, hookimpl, label_bce, linear
 
 
 class Search(nn.Module):
@@ -30,7 +29,7 @@ class Search(nn.Module):
 
     def forward(self, target: Tensor, events: Tensor) -> Tensor:
         """`[B, W], [B, L, W] -> [B, L]`, at least float32: half precision would take other events than it serves."""
-        with _full_precision(events):
+        with full_precision(events):
             events = events if events.dtype == torch.float64 else events.float()
             wanted = self.of_target(target.to(events.dtype)) @ self.of_event.weight  # W_bᵀ W_a q: nothing of size L
             return torch.bmm(events, wanted.unsqueeze(2)).squeeze(2)
@@ -130,12 +129,6 @@ class SIM(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen no batch: tensors that hang on a graph cannot be copied."""
         return {**self.__dict__, "_logit": None}
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, where the device has it at all."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @hookimpl

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from recsys.nn.model import Model, Vectors
     from recsys.nn.optim import build_optimizer
     from recsys.nn.own_adam import OwnAdam
+    from recsys.nn.precision import full_precision
     from recsys.nn.quantize import QuantizedTable, Stored, quantized
     from recsys.nn.ranked import Best, RankedFields, Ranking, best, chosen, how_many, passing
     from recsys.nn.sparse import compact
@@ -99,6 +100,7 @@ __all__ = [
     "compact",
     "entmax",
     "field_gradients",
+    "full_precision",
     "gather_rows",
     "hash_text",
     "hookimpl",
@@ -153,6 +155,7 @@ _LAZY = {
     "column_groups": "recsys.nn.addressed",
     "compact": "recsys.nn.sparse",
     "entmax": "recsys.nn.entmax",
+    "full_precision": "recsys.nn.precision",
     "hash_text": "recsys.data.hashing",
     "how_many": "recsys.nn.ranked",
     "keep_most": "recsys.nn.budget",

@@ -55,6 +55,7 @@ NAMES = [
     "compact",
     "entmax",
     "field_gradients",
+    "full_precision",
     "gather_rows",
     "hash_text",
     "hookimpl",
