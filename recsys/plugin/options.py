@@ -297,6 +297,8 @@ def _message(
         return f"{join(where, loc)}: unknown key{known}"
     if kind == "missing":
         return f"{join(where, loc)}: this key is missing"
+    if kind == "value_error" and isinstance(details[0]["input"], Mapping):  # a rule of a whole block says what it met
+        return f"{join(where, loc)}: {details[0]['msg'].removeprefix('Value error, ')}"
     got = reprlib.repr(details[0]["input"])
     wanted = list(dict.fromkeys(_expected(detail) for detail in details))
     return f"{join(where, loc)}: {' or '.join(wanted)}, got {got}".replace(" or expected ", " or ")
