@@ -59,7 +59,7 @@ def test_it_is_among_the_fields_and_check_shows_it_as_what_it_is(recsys, tmp_pat
 @pytest.mark.parametrize(
     ("noise", "message"),
     [
-        ("{copies: [usr]}", r"noise.copies: 'usr' is no categorical or numeric field. Did you mean 'user'\? Fields: .*noise_user$"),
+        ("{copies: [usr]}", r"noise.copies: 'usr' is no .* field. Did you mean 'user'\? Fields: .*noise_user$"),
         ("{copy: 3}", r"data.noise.copy: unknown key. Did you mean 'copies'\? Keys: copies, flags, random, seed"),
         ("{flags: x}", r"data.noise.flags: expected int, got 'x'"),
         ("{copies: {}}", r"data.noise.copies: expected int or a list"),
