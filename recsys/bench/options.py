@@ -78,4 +78,7 @@ class Selection(_Strict):
     planted: list[str] = Field(
         default=[], description="fields of the logs that are known to tell nothing, beside those of `data.noise`"
     )
+    informative: list[str] = Field(
+        default=[], description="fields that are known to tell something; by default all that are not planted"
+    )
     reference: str | None = Field(default=None, description="row whose scores those of the others are compared with")

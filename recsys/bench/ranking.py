@@ -62,21 +62,21 @@ def spearman(one: Mapping[str, float], other: Mapping[str, float]) -> float:
     return float(a @ b) / size if size else math.nan
 
 
-def rank_auc(scores: Mapping[str, float], noise: Collection[str]) -> float:
+def rank_auc(scores: Mapping[str, float], informative: Collection[str], noise: Collection[str]) -> float:
     """How likely an informative field has a larger score than a planted one, equals counting one half.
 
-    NaN where there is none of one kind.
+    Fields that are neither do not count; NaN where there is none of one kind.
     """
-    good = [name not in noise for name in scores]
-    informative, others = sum(good), len(good) - sum(good)
-    if not informative or not others:
+    good = [name in informative for name in scores if name in informative or name in noise]
+    many, others = sum(good), len(good) - sum(good)
+    if not many or not others:
         return math.nan
-    total = float(ranks(list(scores.values()))[np.asarray(good)].sum())
-    return (total - informative * (informative + 1) / 2) / (informative * others)
+    values = [score for name, score in scores.items() if name in informative or name in noise]
+    total = float(ranks(values)[np.asarray(good)].sum())
+    return (total - many * (many + 1) / 2) / (many * others)
 
 
-def precision(ordered: Sequence[str], noise: Collection[str]) -> float:
-    """Share of informative fields among the first k, where k is how many there are; NaN where there is none."""
-    informative = sum(name not in noise for name in ordered)
-    found = sum(name not in noise for name in ordered[:informative])
-    return found / informative if informative else math.nan
+def precision(ordered: Sequence[str], informative: Collection[str], noise: Collection[str]) -> float:
+    """Share of informative fields among the first k of them and the planted, k being how many they are; or NaN."""
+    judged = [name in informative for name in ordered if name in informative or name in noise]
+    return sum(judged[: sum(judged)]) / sum(judged) if any(judged) else math.nan

@@ -27,6 +27,7 @@ class Retraining:
         recipe: the base, checked.
         fields: of the model, in the recipe's order.
         planted: those of them that are known to tell nothing.
+        informative: those that are known to tell something.
         counts: numbers of fields that it is trained with, rising.
         reference: row whose scores those of the others are compared with.
     """
@@ -36,6 +37,7 @@ class Retraining:
     recipe: Recipe
     fields: tuple[str, ...]
     planted: tuple[str, ...]
+    informative: tuple[str, ...]
     counts: tuple[int, ...]
     reference: str | None
 
@@ -97,15 +99,24 @@ def read_retraining(
             "two different numbers",
             path=("selection", "shares"),
         )
-    for i, name in enumerate(block.planted):
-        if name not in fields:
-            raise RecipeError(
-                f"selection.planted: {recipe.name} has no field '{name}'.{did_you_mean(name, fields)} "
-                f"Fields: {listing(fields)}",
-                path=("selection", "planted", i),
-            )
+    for key, names in (("planted", block.planted), ("informative", block.informative)):
+        for i, name in enumerate(names):
+            if name not in fields:
+                raise RecipeError(
+                    f"selection.{key}: {recipe.name} has no field '{name}'.{did_you_mean(name, fields)} "
+                    f"Fields: {listing(fields)}",
+                    path=("selection", key, i),
+                )
     planted = tuple(name for name in fields if name in (*recipe.data.planted, *block.planted))
-    return Retraining(path, (*overrides, *block.overrides), recipe, fields, planted, tuple(counts), block.reference)
+    if both := [name for name in block.informative if name in planted]:
+        raise RecipeError(
+            f"selection.informative: '{both[0]}' is planted, so that it tells nothing",
+            path=("selection", "informative"),
+        )
+    telling = block.informative or [name for name in fields if name not in planted]
+    informative = tuple(name for name in fields if name in telling)
+    overrides = (*overrides, *block.overrides)
+    return Retraining(path, overrides, recipe, fields, planted, informative, tuple(counts), block.reference)
 
 
 def check_search(name: str, recipe: Recipe, judged: Retraining) -> None:

@@ -131,7 +131,7 @@ def _result(job: Job) -> Mapping[str, Any] | None:
 def _ranked(bench: Bench, seed: int, search: Found, reference: Found | None, read: Read) -> Ranked:
     """One seed of a row."""
     judged = judging(bench)
-    noise = judged.planted
+    known = judged.informative, judged.planted
     curve = []
     for n in judged.counts:
         # Of a set, whoever ranked it: the runs are found by the names in one order.
@@ -147,8 +147,8 @@ def _ranked(bench: Bench, seed: int, search: Found, reference: Found | None, rea
         aukc(areas) if len(areas) == len(judged.counts) else None,
         None if plainly is None else plainly["row_passes"],
         None if reference is None else _known(spearman(search.scores, reference.scores)),
-        _known(rank_auc(search.scores, noise)),
-        _known(precision(search.order, noise)) if noise else None,
+        _known(rank_auc(search.scores, *known)),
+        _known(precision(search.order, *known)) if judged.planted else None,
     )
 
 
@@ -234,9 +234,11 @@ def legend(bench: Bench) -> list[str]:
         "stability: mean Jaccard index of the best halves of two seeds.",
     ]
     if noise := judged.planted:
+        rest = len(judged.fields) - len(noise)
+        told = "all others" if len(judged.informative) == rest else ", ".join(judged.informative)
         lines.append(
-            f"rank AUC, precision: informative fields before planted ones ({', '.join(noise)}); among the best "
-            f"{len(judged.fields) - len(noise)} fields."
+            f"rank AUC, precision: informative fields ({told}) before planted ones ({', '.join(noise)}); among the "
+            f"best {len(judged.informative)} of them."
         )
     return lines
 
@@ -263,6 +265,7 @@ def to_json(bench: Bench, lines: Sequence[Line]) -> dict[str, Any]:
         "base": judged.recipe.name,
         "fields": list(judged.fields),
         "planted": list(judged.planted),
+        "informative": list(judged.informative),
         "counts": list(judged.counts),
         "reference": judged.reference,
         "aukc": AUKC,

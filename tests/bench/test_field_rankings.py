@@ -63,16 +63,18 @@ def test_ranks_and_their_correlation_are_those_of_scipy(values: list[float], ran
         assert found == pytest.approx(scipy.stats.spearmanr(values, other).statistic)
 
 
-@given(SCORES, st.sets(st.sampled_from(NAMES), max_size=6))
-def test_noise_is_found_as_often_as_pairs_say(values: list[float], noise: set[str]) -> None:
+@given(SCORES, st.sets(st.sampled_from(NAMES), max_size=6), st.sets(st.sampled_from(NAMES), max_size=3))
+def test_noise_is_found_as_often_as_pairs_say(values: list[float], noise: set[str], neither: set[str]) -> None:
     scores = named(values)
-    good, bad = [n for n in scores if n not in noise], [n for n in scores if n in noise]
+    good = [n for n in scores if n not in noise and n not in neither]
+    bad = [n for n in scores if n in noise]
     wins = [1.0 if scores[g] > scores[b] else 0.5 if scores[g] == scores[b] else 0.0 for g in good for b in bad]
-    found = rank_auc(scores, noise)
+    found = rank_auc(scores, good, noise)
     assert math.isnan(found) if not wins else found == pytest.approx(sum(wins) / len(wins))
     assume(good)
     ordered = order(scores, 7)
-    assert precision(ordered, noise) == sum(1 for name in ordered[: len(good)] if name in good) / len(good)
+    first = [name for name in ordered if name in good or name in bad][: len(good)]
+    assert precision(ordered, good, noise) == sum(1 for name in first if name in good) / len(good)
 
 
 @given(SCORES, st.integers(0, 10**6))

@@ -288,6 +288,8 @@ def test_a_field_without_a_finite_score_is_told_and_stops_no_other_row(tmp_path:
         ("[0.2, 0.5, 1.0]", "[0, 1]", r"selection.shares\[0\]: expected greater than 0"),
         ("[0.2, 0.5, 1.0]", "[0.1, 0.2]", "of 6 fields these shares keep 1; a curve needs two different numbers"),
         ("reference: one", "reference: ones", r"selection.reference: no row 'ones'\. Did you mean 'one'"),
+        ("reference: one", "informative: [f]", r"selection.informative: recipe has no field 'f'"),
+        ("reference: one", "informative: [noise_random_a]", "selection.informative: 'noise_random_a' is planted"),
         ("reference: one", "planted: [aa]", r"selection.planted: recipe has no field 'aa'\. Did you mean 'a'"),
         ("base: recipe.yaml", "base: other.yaml", "selection.base: other has a selector of its own"),
         ("[train.batch_size=64]", "[model.head.wide=true]", "add the override `model.head.wide=false`"),
@@ -322,6 +324,21 @@ def test_the_table_of_the_readme_can_be_run(tmp_path: Path) -> None:
     assert bench.retraining is not None
     assert bench.retraining.counts == (2, 5, 10, 20)
     assert [entry.recipe.parts["selector"].name for entry in bench.entries] == ["leap", "optfs"]
+
+
+def test_fields_of_which_nothing_is_known_do_not_count_for_the_rank_auc(tmp_path: Path) -> None:
+    bench = read(tmp_path, TABLE.replace("reference: one", "informative: [d, b]"))
+    running = study(bench, tmp_path / "out", None)
+    run(running, scores_of)
+    running.write()
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["informative"] == ["b", "d"]
+    for row in table["rows"]:
+        for one in row["seeds"]:
+            found = scores_of(row["name"], one["seed"])
+            noise = found["noise_random_a"]
+            assert one["rank_auc"] == statistics.fmean((found[n] > noise) + (found[n] == noise) / 2 for n in "bd")
+    assert "informative fields (b, d) before planted ones" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_row_of_a_plain_table_needs_a_recipe(tmp_path: Path) -> None:
