@@ -40,6 +40,20 @@ class Named:
     kind: str
 
 
+def metric_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a metric as `{use: NAME, …}`, of which NAME is a short form, and NAME@5 one of `{use: NAME, k: 5}`."""
+    if not isinstance(spec, str):
+        return dict(spec)
+    name, at, k = spec.partition("@")
+    return {"use": name, "k": int(k)} if at and k.isdecimal() else {"use": spec}
+
+
+def metric_name(spec: str | Mapping[str, Any]) -> str:
+    """Return what a metric is called in results: its `name`; else NAME@K where a recipe gives it k; else NAME."""
+    full = metric_spec(spec)
+    return str(full.get("name") or (f"{full['use']}@{full['k']}" if full.get("k") is not None else full["use"]))
+
+
 @dataclass(frozen=True)
 class Field:
     """One input of the model: ids in `[0, rows)`, each field counting from 0.

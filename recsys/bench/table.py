@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from recsys.bench.options import Plot, Row, Selection, Table, Vary
 from recsys.bench.retraining import Retraining, check_search, read_retraining
+from recsys.contracts import metric_name
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.plugin import options
 from recsys.plugin.registry import Registry
@@ -143,8 +144,8 @@ def _plot(table: Table, registry: Registry) -> Plot | None:
     if table.selection is not None:
         raise RecipeError("plot: a selection table has pictures of its own; leave this out", path=("plot",))
     plot = _part(Plot, table.plot, "plot", ("plot",))
-    registry.check("metric", plot.y, "plot.y")
     if plot.y not in table.metrics:
+        registry.check("metric", plot.y, "plot.y")
         raise RecipeError(f"plot.y: {plot.y!r} is none of the table's metrics", path=("plot", "y"))
     return plot
 
@@ -187,8 +188,11 @@ def _entry(
         option, value = varied
         overrides, name = (*overrides, f"{option}={json.dumps(value)}"), f"{series}@{value}"
     checked = load_recipe(recipe, registry, overrides)
+    specs = [spec for stage in checked.stages for spec in stage.options.get("metrics", ())]
+    own = {metric_name(spec) for spec in specs if isinstance(spec, str | Mapping)}
     for metric in (*table.metrics, *row.published):
-        registry.check("metric", metric, "metrics" if metric in table.metrics else f"rows[{index}].published")
+        if metric not in own:
+            registry.check("metric", metric, "metrics" if metric in table.metrics else f"rows[{index}].published")
     return Entry(name, recipe.resolve(), overrides, checked, dict(row.published), row.source, series, value)
 
 

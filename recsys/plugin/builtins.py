@@ -12,6 +12,7 @@ from recsys.nn.table import Table
 from recsys.plugin.hooks import Component, hookimpl
 from recsys.train.losses import BCE
 from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
+from recsys.train.ranking_metrics import MAP, MRR, NDCG, Hit, Precision, Recall
 from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Quantize, RankFields, Reset, Rewind
 
 
@@ -35,6 +36,12 @@ def recsys_components() -> list[Component]:
         Component("metric", "ece", ECE),
         Component("metric", "normalized_entropy", NormalizedEntropy),
         Component("metric", "pr_auc", PRAUC),
+        Component("metric", "ndcg", NDCG),
+        Component("metric", "recall", Recall),
+        Component("metric", "precision", Precision),
+        Component("metric", "hit", Hit),
+        Component("metric", "mrr", MRR),
+        Component("metric", "map", MAP),
         Component("stage", "count_rows", CountRows),
         Component("stage", "fit", Fit),
         Component("stage", "rewind", Rewind),

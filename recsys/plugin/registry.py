@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 import pydantic
 
+from recsys.contracts import metric_spec
 from recsys.errors import PluginError, RecipeError, RecsysError, did_you_mean, listing
 from recsys.plugin import docstrings, loading, options, protocols
 from recsys.plugin.hooks import KINDS, PROJECT, Component, Kind
@@ -157,6 +158,9 @@ class Registry:
             RecipeError: with the path, the nearest valid name, and all valid ones.
         """
         at = options.split(where)
+        if kind == "metric" and isinstance(spec, str | Mapping):
+            # `name` says what the metric is called in results; it is not for the metric.
+            spec = {key: value for key, value in metric_spec(spec).items() if key != "name"}
         name = spec.get("use") if isinstance(spec, Mapping) else spec
         if not isinstance(name, str):
             got = "nothing" if name is None else repr(name)

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from rich.console import Console
 
-from recsys.contracts import Source
+from recsys.contracts import Source, metric_name
 from recsys.data.batches import EvalBatches
 from recsys.data.blocks import EncodedColumns
 from recsys.data.reading import source_rows
@@ -99,7 +99,7 @@ def evaluate_run(
         RecipeError: no such split or metric.
     """
     recipe, run, _ = load_trained(folder, registry, console)
-    names = [registry.get("metric", name).component.name for name in metrics]
+    names = _named_metrics(recipe, registry, metrics)
     source = build_source(recipe, registry, data_root(recipe, data_root_given))
     rows = split_rows(source, recipe.data.split, rows=recipe.data.batch_rows)
     wanted = list(splits) or [name for name in ("valid", "test") if name in rows]
@@ -126,7 +126,17 @@ def plain_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
-def _evaluate_stage(recipe: Recipe, metrics: Sequence[str], splits: Sequence[str]) -> Evaluate:
+def _named_metrics(recipe: Recipe, registry: Registry, names: Sequence[str]) -> list[Any]:
+    """The metrics of these names: those that the recipe gives such a name, else any that is installed."""
+    stages = [checked.options.get("metrics", ()) for checked in recipe.stages if checked.name == Evaluate.name]
+    own = {metric_name(spec): spec for specs in stages for spec in specs}
+    for name in names:
+        if name not in own:
+            registry.check("metric", name, "--metric")
+    return [own.get(name, name) for name in names]
+
+
+def _evaluate_stage(recipe: Recipe, metrics: Sequence[Any], splits: Sequence[str]) -> Evaluate:
     own = next((c.options for c in recipe.stages if c.name == Evaluate.name), {})
     chosen = tuple(metrics) or tuple(own.get("metrics", ("auc", "logloss")))
     return Evaluate(metrics=chosen, splits=tuple(splits))  # type: ignore[arg-type]

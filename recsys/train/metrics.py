@@ -13,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 from recsys.errors import DataError
 
 
-class _Rows(Metric):
+class Rows(Metric):
     """Keeps all rows; what they come to is computed once, on all of them together.
 
     Ranks and sums are exact or taken in a fixed order, so the value does not depend on the order of the rows, nor on
@@ -49,12 +49,20 @@ class _Rows(Metric):
         if not len(self.logit):
             return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
         logit, label = dim_zero_cat(self.logit), dim_zero_cat(self.label)
-        _refuse(~torch.isfinite(logit), logit, "prediction", "a finite number")
-        _refuse((label != 0) & (label != 1), label, "label", "0 or 1")
+        refuse(~torch.isfinite(logit), logit, "prediction", "a finite number")
+        refuse((label != 0) & (label != 1), label, "label", "0 or 1")
         return logit, label.long()
 
 
-def _refuse(bad: Tensor, values: Tensor, what: str, expected: str) -> None:
+def refuse(bad: Tensor, values: Tensor, what: str, expected: str) -> None:
+    """Raise a `DataError` with the first of the bad rows, if there are any.
+
+    Args:
+        bad: `[N]` bool.
+        values: `[N]`, of all rows.
+        what: they are.
+        expected: of them, in words.
+    """
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise DataError(
@@ -63,17 +71,18 @@ def _refuse(bad: Tensor, values: Tensor, what: str, expected: str) -> None:
         )
 
 
-def _undefined() -> Tensor:
+def undefined() -> Tensor:
+    """`[]` float64, NaN."""
     return torch.tensor(torch.nan, dtype=torch.float64)
 
 
-def _mean(x: Tensor) -> Tensor:
+def mean(x: Tensor) -> Tensor:
     """Mean that does not depend on the order of the rows, to the last bit."""
     return x.sort().values.sum() / len(x)
 
 
 def _log_loss(logit: Tensor, label: Tensor) -> Tensor:
-    return _mean(F.softplus(torch.where(label == 1, -logit, logit)))
+    return mean(F.softplus(torch.where(label == 1, -logit, logit)))
 
 
 def _ties(*keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +104,7 @@ def _count(tie: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return positive, torch.bincount(tie, minlength=size) - positive
 
 
-class AUC(_Rows):
+class AUC(Rows):
     """Area under the ROC curve.
 
     AUC = (pairs in the right order + ½ tied pairs) / (positives · negatives), counted in integers; undefined (NaN)
@@ -107,14 +116,14 @@ class AUC(_Rows):
         logit, label = self._rows()
         positives = int(label.sum())
         if positives in (0, len(label)):
-            return _undefined()
+            return undefined()
         order, tie = _ties(logit)
         positive, negative = _count(tie, label[order])
         twice = positive * (2 * (negative.cumsum(0) - negative) + negative)  # 2 · pairs won, ties count 1
         return twice.sum().double() / (2.0 * positives * (len(label) - positives))
 
 
-class GAUC(_Rows):
+class GAUC(Rows):
     """AUC inside each group (user, request), averaged by the number of impressions.
 
     gAUC = Σ_g n_g AUC_g / Σ_g n_g over the groups that have both classes; undefined when none has.
@@ -138,7 +147,7 @@ class GAUC(_Rows):
         """`[]` float64."""
         logit, label = self._rows()
         if not len(label):
-            return _undefined()
+            return undefined()
         group = dim_zero_cat(self.group)
         order, tie = _ties(logit, group)  # by group, then by logit
         label, group = label[order], group[order]
@@ -152,7 +161,7 @@ class GAUC(_Rows):
         twice = _add_up(positive * (2 * below + negative), owner)
         valid = (p > 0) & (n > 0)
         if not bool(valid.any()):
-            return _undefined()
+            return undefined()
         p, n, twice = p[valid].double(), n[valid].double(), twice[valid].double()
         return ((p + n) * twice / (2 * p * n)).sum() / (p + n).sum()
 
@@ -161,7 +170,7 @@ def _add_up(x: Tensor, owner: Tensor) -> Tensor:
     return torch.zeros(int(owner[-1]) + 1, dtype=x.dtype, device=x.device).index_add_(0, owner, x)
 
 
-class LogLoss(_Rows):
+class LogLoss(Rows):
     """Mean negative log-likelihood, in nats.
 
     (1/N) Σ softplus(z) − y z, from the logit itself, so that confident rows lose no digits.
@@ -172,10 +181,10 @@ class LogLoss(_Rows):
     def compute(self) -> Tensor:
         """`[]` float64."""
         logit, label = self._rows()
-        return _log_loss(logit, label) if len(label) else _undefined()
+        return _log_loss(logit, label) if len(label) else undefined()
 
 
-class NormalizedEntropy(_Rows):
+class NormalizedEntropy(Rows):
     """Log loss relative to always predicting the base rate.
 
     NE = LogLoss / −[p log p + (1 − p) log(1 − p)], p the share of positives; undefined when there is one class.
@@ -190,12 +199,12 @@ class NormalizedEntropy(_Rows):
         logit, label = self._rows()
         positives = int(label.sum())
         if positives in (0, len(label)):
-            return _undefined()
+            return undefined()
         p = torch.tensor(positives / len(label), dtype=torch.float64, device=logit.device)
         return _log_loss(logit, label) / -(p * p.log() + (1 - p) * torch.log1p(-p))
 
 
-class PRAUC(_Rows):
+class PRAUC(Rows):
     """Average precision, the area under the precision–recall curve without interpolation.
 
     Σ_k (R_k − R_{k−1}) P_k over the distinct scores, highest first; undefined when there is one class.
@@ -206,7 +215,7 @@ class PRAUC(_Rows):
         logit, label = self._rows()
         positives = int(label.sum())
         if positives in (0, len(label)):
-            return _undefined()
+            return undefined()
         order, tie = _ties(-logit)
         positive, negative = _count(tie, label[order])
         hits = positive.cumsum(0).double()
@@ -214,7 +223,7 @@ class PRAUC(_Rows):
         return (positive * precision).sum() / positives
 
 
-class ECE(_Rows):
+class ECE(Rows):
     """Expected calibration error of the click probability.
 
     Σ_b (n_b / N) |mean p − mean y| over bins of the predicted probability p. Bins of equal mass hold about as many
@@ -240,7 +249,7 @@ class ECE(_Rows):
         """`[]` float64."""
         logit, label = self._rows()
         if not len(label):
-            return _undefined()
+            return undefined()
         order, tie = _ties(logit)
         p, y = torch.sigmoid(logit[order]), label[order]
         if self.binning == "width":

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from rich.console import Console
 
-from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Selection
+from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Selection, metric_name
 from recsys.data.encode import Encoder
 from recsys.data.shards import Shards
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
@@ -151,7 +151,7 @@ class Run:
         for need in metric.needs:
             if need not in self.schema.context:
                 raise RecipeError(
-                    f"{self.stage}: the metric '{spec_name(spec)}' needs the context column '{need}'; "
+                    f"{self.stage}: the metric '{metric_name(spec)}' needs the context column '{need}'; "
                     f"name one under data.context, for instance `{need}: user`"
                 )
         return metric

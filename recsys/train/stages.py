@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table as TextTable
 
 from recsys.abilities import Lasting
-from recsys.contracts import Named, Stage
+from recsys.contracts import Named, Stage, metric_name
 from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.nn.layout import Layout
 from recsys.nn.model import Model
@@ -173,8 +173,12 @@ class Evaluate:
     """Score every row of the splits once and measure.
 
     Args:
-        metrics: names of metrics, or `{use: NAME, …}` with options.
+        metrics: names of metrics, or `{use: NAME, …}` with options; `ndcg@5` is short for `{use: ndcg, k: 5}`, and is
+            what it is called in results. Any can be given another `name`.
         splits: names of splits; by default validation and test, as far as there are any.
+
+    Raises:
+        RecipeError: two metrics have one name.
     """
 
     name = "evaluate"
@@ -187,10 +191,13 @@ class Evaluate:
     ) -> None:
         self.metrics = metrics
         self.splits = splits
+        names = [metric_name(spec) for spec in metrics]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"evaluate: two metrics are called '{twice[0]}'; give one of them another `name`")
 
     def run(self, run: Run) -> None:
         """Fill `run.scores`."""
-        metrics = {spec_name(spec): run.measuring(spec) for spec in self.metrics}
+        metrics = {metric_name(spec): run.measuring(spec) for spec in self.metrics}
         names = self.splits or tuple(name for name in ("valid", "test") if name in run.splits)
         if not names:
             raise RecipeError(f"{run.stage}: the data has neither a valid nor a test split; give `splits: [train]`")
