@@ -184,3 +184,21 @@ class Ranking(Protocol):
         Every process comes to the same scores.
         """
         ...
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A sampler that draws several candidates for each sampled row, and takes one by the model's present scores.
+
+    Attributes:
+        candidates: n, how many are drawn for each.
+    """
+
+    candidates: int
+
+    def choose(self, scores: Tensor, uniform: Tensor) -> Tensor:
+        """Choose one of the n candidates of each of the m sampled rows of a logged row.
+
+        `[N, m, n], [N, m, n] -> [N, m]` int64 in `[0, n)`; logits, and random numbers in (0, 1).
+        """
+        ...

@@ -16,10 +16,12 @@ from recsys.contracts import (
     NULL_ID,
     UNKNOWN_ID,
     Batch,
+    Draws,
     EncodedSchema,
     Field,
     Fields,
     History,
+    Items,
     Named,
     Selection,
 )
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from recsys.train.losses import label_bce
     from recsys.train.progress import bar
     from recsys.train.run import Run
+    from recsys.train.sampled import pairs
     from recsys.train.score import Predictions, measure, predict
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "Component",
     "DataError",
     "DataRoot",
+    "Draws",
     "Dropout",
     "EncodedSchema",
     "EvalBatches",
@@ -72,6 +76,7 @@ __all__ = [
     "Fields",
     "Guard",
     "History",
+    "Items",
     "Keep",
     "Layout",
     "MLPBlock",
@@ -112,6 +117,7 @@ __all__ = [
     "linear",
     "measure",
     "mix",
+    "pairs",
     "passing",
     "places",
     "predict",
@@ -165,6 +171,7 @@ _LAZY = {
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
     "mix": "recsys.data.hashing",
+    "pairs": "recsys.train.sampled",
     "passing": "recsys.nn.ranked",
     "places": "recsys.nn.kept",
     "predict": "recsys.train.score",

@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+    import numpy.typing as npt
     import polars as pl
     import torch
     from torch import Tensor
+
+    Numbers = npt.NDArray[np.int64]
+    Floats = npt.NDArray[np.float64]
 
 NULL_ID = 0
 """The id of a missing value, in every field."""
@@ -126,9 +131,13 @@ class Batch:
             longest list of this batch, at least 1; events stand at positions `0 … length-1`, oldest first.
         label: task → `[B]` float32.
         context: name → `[B]`; `weight`, `propensity` float32, `position`, `group`, `time` int64.
-            For losses and metrics, never features.
+            For losses and metrics, never features. Where rows were sampled: `positive` int64, for a sampled row the
+            index of the logged row it belongs to, -1 for a logged row; `item` int64, the id of the row's item;
+            `log_q` float32, the log-probability with which the sampler draws that item.
         share: factor that turns this batch's mean loss into its part of the optimizer step's mean when the
             step is divided over ranks and micro-batches of unequal size; 1 when it is not divided.
+        negatives: m, rows that were sampled for each logged one. B is then N·(1 + m): the N logged rows, and after them
+            the m rows of the first one, the m of the second, and so on.
     """
 
     ids: Tensor
@@ -137,6 +146,7 @@ class Batch:
     label: Mapping[str, Tensor] = field(default_factory=dict)
     context: Mapping[str, Tensor] = field(default_factory=dict)
     share: float = 1.0
+    negatives: int = 0
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -155,6 +165,54 @@ class Batch:
             label={k: move(t) for k, t in self.label.items()},
             context={k: move(t) for k, t in self.context.items()},
         )
+
+
+SAMPLED = ("positive", "item", "log_q")
+"""Context columns that a batch with sampled rows has."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items that rows are sampled from: those of the train split, numbered from 0.
+
+    Args:
+        ids: `[I]` int64, of each item in its field, ascending; neither missing nor unknown values.
+        rows: `[I]` int64, how many of the rows that are trained on have the item.
+        positives: `[I]` int64, how many of those have a label of 1.
+    """
+
+    ids: Numbers
+    rows: Numbers
+    positives: Numbers
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Draws(Protocol):
+    """The logged rows that items are sampled for: B of the S rows of an optimizer step."""
+
+    @property
+    def items(self) -> Numbers:
+        """`[B]` int64, the number of each row's own item; -1 where it is missing or unknown."""
+        ...
+
+    @property
+    def places(self) -> Numbers:
+        """`[B]` int64, where the rows stand in their step."""
+        ...
+
+    def uniform(self, count: int, stream: int = 0) -> Floats:
+        """Random numbers in (0, 1), `[B, count]` float64.
+
+        They depend on the seed, the epoch, the row's position in it and the stream, and on nothing else: so neither
+        the number of processes nor a stop changes what is sampled.
+        """
+        ...
+
+    def step_items(self) -> Numbers:
+        """The numbers of the items of all rows of the step, over all processes and micro-batches, `[S]` int64."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -274,6 +332,18 @@ class Loss(Protocol):
 
     def __call__(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`{task: [B]}, Batch -> []`; the mean over the B rows, in float32."""
+        ...
+
+
+class Sampler(Protocol):
+    """Items for unlabelled rows. `kind: sampler`; the factory takes `items: Items` positionally."""
+
+    def draw(self, draws: Draws, count: int) -> Numbers:
+        """Draw items for each row, by their numbers: `Draws -> [B, count]` int64, of `draws.uniform` alone."""
+        ...
+
+    def log_q(self) -> Floats:
+        """The log-probability with which one draw gives each item, `[I]` float64."""
         ...
 
 

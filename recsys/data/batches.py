@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,21 @@ from recsys.errors import DataError
 _SMALLEST_LAST = 64
 SHUFFLE_MEMORY = 512
 """MiB."""
+
+
+class SampledRows(Protocol):
+    """What adds sampled rows to batches; see `recsys.data.sampling`."""
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64] | None:
+        """The logged rows that are trained on, `[n]` int64 ascending; None: all."""
+        ...
+
+    def extend(
+        self, batch: Batch, epoch: int, low: int, places: npt.NDArray[np.int64], step: Callable[[], Batch]
+    ) -> Batch:
+        """Return the batch with sampled rows after its own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,8 @@ class TrainBatches:
         ranks: number of processes.
         accumulate: micro-batches per optimizer step.
         shuffle_memory: MiB for the rows that are shuffled, in each process; 0 shuffles all rows as one, however many.
+        sampled: adds sampled rows to each batch, and may train on some of the logged rows only; `batch_size`, `share`
+            and positions go by logged rows.
 
     Raises:
         DataError: a step has fewer rows than ranks times micro-batches.
@@ -48,14 +66,21 @@ class TrainBatches:
     ranks: int = 1
     accumulate: int = 1
     shuffle_memory: float = SHUFFLE_MEMORY
+    sampled: SampledRows | None = None
 
     def __post_init__(self) -> None:
-        smallest = min(self.batch_size, len(self.shards))
+        smallest = min(self.batch_size, self.rows)
         if smallest < self._pieces:
             raise DataError(
                 f"{smallest} rows per step cannot be divided over {self.ranks} processes x {self.accumulate} "
-                f"micro-batches ({len(self.shards)} rows, batch_size {self.batch_size}); lower one of them"
+                f"micro-batches ({self.rows} rows, batch_size {self.batch_size}); lower one of them"
             )
+
+    @property
+    def rows(self) -> int:
+        """Logged rows per epoch, over all ranks."""
+        some = None if self.sampled is None else self.sampled.rows
+        return len(self.shards) if some is None else len(some)
 
     @property
     def _pieces(self) -> int:
@@ -64,7 +89,7 @@ class TrainBatches:
     @property
     def steps(self) -> int:
         """Optimizer steps per epoch; a very short last step is merged into the one before it."""
-        full, rest = divmod(len(self.shards), self.batch_size)
+        full, rest = divmod(self.rows, self.batch_size)
         least = max(min(_SMALLEST_LAST, self.batch_size), 2 * self._pieces)
         return max(full, 1) if rest < least else full + 1
 
@@ -74,7 +99,7 @@ class TrainBatches:
     def bounds(self, step: int, micro: int) -> tuple[int, int, int]:
         """Return first and end position of this rank's part of a micro-batch, and the rows of the whole step."""
         low = step * self.batch_size
-        rows = (len(self.shards) if step == self.steps - 1 else low + self.batch_size) - low
+        rows = (self.rows if step == self.steps - 1 else low + self.batch_size) - low
         piece = micro * self.ranks + self.rank
         return low + rows * piece // self._pieces, low + rows * (piece + 1) // self._pieces, rows
 
@@ -84,21 +109,47 @@ class TrainBatches:
         `share` of each is its rows x ranks x accumulate / rows of the step: the mean over ranks and micro-batches of
         share x mean loss is then the mean loss of the step's rows.
         """
-        spans = (self.bounds(step, micro) for step in range(start_step, self.steps) for micro in range(self.accumulate))
+        spans = ((step, micro) for step in range(start_step, self.steps) for micro in range(self.accumulate))
         order = self.order(epoch)
         if isinstance(order, WindowOrder):
             with WindowStream(self.shards.files, order) as stream:
-                for low, high, rows in spans:
-                    yield replace(stream.batch(low, high), share=(high - low) * self._pieces / rows)
+                for step, micro in spans:
+                    low, high, _ = self.bounds(step, micro)
+                    yield self._finished(stream.batch(low, high), order, epoch, step, micro)
             return
-        for low, high, rows in spans:
-            batch = self.shards.gather(order.rows(np.arange(low, high)))
-            yield replace(batch, share=(high - low) * self._pieces / rows)
+        for step, micro in spans:
+            low, high, _ = self.bounds(step, micro)
+            yield self._finished(self._gathered(order, low, high), order, epoch, step, micro)
+
+    def _finished(self, batch: Batch, order: Order | WindowOrder, epoch: int, step: int, micro: int) -> Batch:
+        """Set the batch's share, and add what is sampled."""
+        low, high, rows = self.bounds(step, micro)
+        batch = replace(batch, share=(high - low) * self._pieces / rows)
+        if self.sampled is None:
+            return batch
+        first = step * self.batch_size
+        whole = batch if high - low == rows else None
+        return self.sampled.extend(
+            batch,
+            epoch,
+            low,
+            np.arange(low - first, high - first),
+            lambda: whole or self._gathered(order, first, first + rows),
+        )
+
+    def _gathered(self, order: Order | WindowOrder, low: int, high: int) -> Batch:
+        return self.shards.gather(self.numbers(order.rows(np.arange(low, high))))
+
+    def numbers(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows of the split that stand at some places among those that are trained on."""
+        some = None if self.sampled is None else self.sampled.rows
+        return places if some is None else some[places]
 
     def order(self, epoch: int) -> Order | WindowOrder:
-        """Return the order of an epoch's rows; its positions are those of `bounds`."""
-        rows, memory = len(self.shards), int(self.shuffle_memory * 2**20)
-        if not memory or self.shards.in_memory or self.shards.size <= memory:
+        """Return the order of an epoch's rows; its positions are those of `bounds`, its values go through `numbers`."""
+        rows, memory = self.rows, int(self.shuffle_memory * 2**20)
+        some = rows < len(self.shards)  # they are picked through the maps, wherever they are
+        if some or not memory or self.shards.in_memory or self.shards.size <= memory:
             return Order(rows, self.seed, epoch)
         return WindowOrder(rows, *divide(rows, self.shards.size, memory), self.seed, epoch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recsys.data.samplers import InBatch, Popularity, Uniform
 from recsys.data.simulate import Simulated
 from recsys.data.sources import Files
 from recsys.nn.fixed import Fixed
@@ -30,6 +31,9 @@ def recsys_components() -> list[Component]:
         Component("interaction", "mlp", MLP),
         Component("interaction", "cross", CrossNet),
         Component("loss", "bce", BCE),
+        Component("sampler", "uniform", Uniform),
+        Component("sampler", "popularity", Popularity),
+        Component("sampler", "in_batch", InBatch),
         Component("metric", "auc", AUC),
         Component("metric", "logloss", LogLoss),
         Component("metric", "gauc", GAUC),

@@ -36,6 +36,7 @@ Kind = Literal[
     "sequence",
     "interaction",
     "loss",
+    "sampler",
     "propensity",
     "metric",
     "stage",

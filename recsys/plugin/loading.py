@@ -36,6 +36,7 @@ TAKES: Mapping[Kind, str] = {
     "sequence": "width",
     "interaction": "fields",
     "loss": "tasks",
+    "sampler": "items",
     "propensity": "schema",
     "metric": "",
     "stage": "",

@@ -59,6 +59,10 @@ EXAMPLES: dict[Kind, _Example] = {
     ),
     "interaction": _Example("A recipe uses it under `model.interaction`.", interaction="{use: NAME, layers: 2}"),
     "loss": _Example("A recipe uses it under `loss`.", block="loss: {use: NAME}\n"),
+    "sampler": _Example(
+        "A recipe uses it under `sampling.sampler`: it adds unlabelled rows to the training batches.",
+        block="sampling:\n  item: item\n  fields: [category, brand]\n  rows: positives\n  sampler: {use: NAME}\n",
+    ),
     "propensity": _Example(
         "No part of a recipe takes a propensity model yet: call `fit` and `estimate` from a loss or a stage of yours. "
         "The example recipe does not use it; it is here to train with such a loss."

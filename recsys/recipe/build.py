@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -16,9 +17,10 @@ import torch
 from rich.console import Console
 
 import recsys
-from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Source
+from recsys.contracts import SAMPLED, EncodedSchema, Exporter, Items, Loss, Metric, Sampler, Source
 from recsys.data.encode import Encoder
 from recsys.data.prepare import Prepared, prepare
+from recsys.data.sampling import Sampling, check_sampling
 from recsys.data.schema import DataConfig, HashSplit
 from recsys.data.shards import Shards
 from recsys.data.sources import DataRoot, Files
@@ -142,8 +144,16 @@ def build_loss(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Los
         loss = cast(Loss, registry.make("loss", recipe.loss, schema.tasks, where="loss"))
     except RecipeError as error:
         raise recipe.located(error) from error
+    sampled = () if recipe.sampling is None else SAMPLED
     for need in loss.needs:
-        if need not in schema.context:
+        if need in SAMPLED and not sampled:
+            raise recipe.located(
+                RecipeError(
+                    f"loss: '{recipe.loss.name}' compares logged rows with sampled ones; add the block `sampling:`",
+                    path=("loss",),
+                )
+            )
+        if need not in (*schema.context, *sampled):
             raise recipe.located(
                 RecipeError(
                     f"loss: '{recipe.loss.name}' needs the context column '{need}'; name it under data.context",
@@ -185,7 +195,35 @@ def build_run(
         world=world,
         console=console,
         reference=source.reference if isinstance(source, PlantedTruth) else None,
+        build_sampling=build_sampling(recipe, registry, encoder.schema, splits),
     )
+
+
+def build_sampling(
+    recipe: Recipe, registry: Registry, schema: EncodedSchema, splits: Mapping[str, Shards]
+) -> Callable[[int], Sampling] | None:
+    """Return what makes the recipe's sampling from a seed; the items are read once, when it is first asked.
+
+    Raises:
+        RecipeError: the block names what the encoded rows do not have.
+    """
+    block = recipe.sampling
+    if block is None:
+        return None
+    try:
+        check_sampling(block.options, schema)
+    except RecipeError as error:
+        raise recipe.located(error) from error
+    sampler = block.sampler
+
+    def make(items: Items) -> Sampler:
+        return cast(Sampler, registry.make("sampler", sampler, items, where="sampling.sampler"))
+
+    @functools.cache
+    def first() -> Sampling:
+        return Sampling.of(splits["train"], block.options, make)
+
+    return lambda seed: replace(first(), seed=seed)
 
 
 def describe_run(

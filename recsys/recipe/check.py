@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import recsys
 from recsys.contracts import Named
+from recsys.data.sampling import SamplingOptions
 from recsys.data.schema import DataConfig
 from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.plugin import options
@@ -21,7 +22,7 @@ from recsys.recipe import reader
 from recsys.recipe.reader import Document, Key
 from recsys.train.options import TrainOptions
 
-BLOCKS = ("data", "model", "loss", "train", "stages")
+BLOCKS = ("data", "model", "loss", "sampling", "train", "stages")
 PARTS: Mapping[str, tuple[Kind, str]] = {
     "embedding": ("embedding", "table"),
     "selector": ("selector", "keep_all"),
@@ -50,6 +51,19 @@ class HeadOptions(BaseModel):
 
 
 @dataclass(frozen=True)
+class SamplingBlock:
+    """The `sampling:` block.
+
+    Args:
+        options: which rows, which fields.
+        sampler: which items.
+    """
+
+    options: SamplingOptions
+    sampler: Checked
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that can be built.
 
@@ -62,6 +76,7 @@ class Recipe:
         interactions: one or more; their outputs stand side by side.
         head: options of the head.
         loss: the loss.
+        sampling: the `sampling:` block; None: no rows are sampled.
         train: the `train:` block.
         stages: in order.
         data_root: of a run that goes on: the folder that it was started with.
@@ -75,6 +90,7 @@ class Recipe:
     interactions: tuple[Checked, ...]
     head: HeadOptions
     loss: Checked
+    sampling: SamplingBlock | None
     train: TrainOptions
     stages: tuple[Checked, ...]
     data_root: Path | None = None
@@ -166,6 +182,7 @@ def _check(document: Document, registry: Registry, name: str, folder: Path) -> R
         ),
         head=_block(HeadOptions, model.get("head") or {}, "model.head"),
         loss=_component(registry, "loss", values.get("loss", "bce"), "loss"),
+        sampling=_sampling(registry, values.get("sampling")),
         train=_block(TrainOptions, values.get("train") or {}, "train"),
         stages=tuple(
             _component(registry, "stage", spec, f"stages[{i}]")
@@ -182,6 +199,14 @@ def _check(document: Document, registry: Registry, name: str, folder: Path) -> R
     registry.check("source", recipe.data.source, "data.source")
     registry.check("metric", recipe.train.monitor, "train.monitor")
     return recipe
+
+
+def _sampling(registry: Registry, given: Any) -> SamplingBlock | None:
+    if given is None:
+        return None
+    values = dict(_mapping(given, "sampling"))
+    sampler = _component(registry, "sampler", values.pop("sampler", "uniform"), "sampling.sampler")
+    return SamplingBlock(_block(SamplingOptions, values, "sampling"), sampler)
 
 
 def _component(registry: Registry, kind: Kind, spec: Any, where: str) -> Checked:

@@ -15,12 +15,13 @@ from recsys.data.doctor import first_rows
 from recsys.data.encode import Encoder
 from recsys.data.layout import Layout, id_type
 from recsys.data.reading import RawRows
+from recsys.data.sampling import SamplingOptions
 from recsys.data.schema import FLOAT_CONTEXT, DataConfig
 from recsys.data.split import split_rows
 from recsys.nn.model import Model
 from recsys.plugin.options import json_schema
 from recsys.plugin.registry import Registry
-from recsys.recipe.build import build_loss, build_model, build_source, data_root
+from recsys.recipe.build import build_loss, build_model, build_sampling, build_source, data_root
 from recsys.recipe.check import PARTS, HeadOptions, Recipe
 from recsys.train.options import TrainOptions
 
@@ -33,12 +34,18 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     def ref(name: str) -> dict[str, Any]:
         return {"$ref": f"#/$defs/{name}"}
 
-    blocks: Mapping[str, Any] = {"data": DataConfig, "train": TrainOptions, "head": HeadOptions}
+    blocks: Mapping[str, Any] = {
+        "data": DataConfig,
+        "sampling": SamplingOptions,
+        "train": TrainOptions,
+        "head": HeadOptions,
+    }
     for name, model in blocks.items():
         block = model.model_json_schema(ref_template="#/$defs/" + name + ".{model}")
         for inner, value in block.pop("$defs", {}).items():
             defs[f"{name}.{inner}"] = value
         defs[f"block.{name}"] = block
+    defs["block.sampling"]["properties"]["sampler"] = ref("sampler")
     parts = {part: ref(kind) for part, (kind, _) in PARTS.items()}
     interaction = {"anyOf": [ref("interaction"), {"type": "array", "items": ref("interaction"), "minItems": 1}]}
     return {
@@ -55,6 +62,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
                 "properties": {**parts, "interaction": interaction, "head": ref("block.head")},
             },
             "loss": ref("loss"),
+            "sampling": ref("block.sampling"),
             "train": ref("block.train"),
             "stages": {"type": "array", "items": ref("stage"), "minItems": 1},
         },
@@ -170,6 +178,7 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
     encoder = Encoder.fit(sample, recipe.data, progress=count)
     schema = encoder.schema
     build_loss(recipe, registry, schema)
+    build_sampling(recipe, registry, schema, {})
     with torch.device("meta"):
         model = build_model(recipe, registry, schema, recipe.train.seed).eval()
         batch = _example(schema, 64)

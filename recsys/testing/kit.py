@@ -26,6 +26,7 @@ MODULES: dict[Kind, str] = {
     "sequence": "sequences",
     "interaction": "interactions",
     "loss": "losses",
+    "sampler": "samplers",
     "propensity": "propensities",
     "metric": "metrics",
     "stage": "stages",

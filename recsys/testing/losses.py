@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recsys.contracts import EncodedSchema, Field
+from recsys.contracts import SAMPLED, EncodedSchema, Field
 from recsys.testing import modules, samples
 from recsys.testing.kit import Check, expect
 
-CONTEXT = ("weight", "propensity", "position", "group", "time")
+CONTEXT = ("weight", "propensity", "position", "group", "time", *SAMPLED)
 ROWS = 8
 
 
@@ -36,14 +36,23 @@ def checks(build: Callable[..., Any]) -> list[Check]:
 
 
 def sample(tasks: tuple[str, ...] = ("label",), scale: float = 2.0) -> tuple[dict[str, Tensor], Any]:
-    """Return logits and a batch with every context column, weights and propensities 1."""
+    """Return logits and a batch with every context column, weights and propensities 1.
+
+    One row is sampled for each of the four logged ones, which are positive.
+    """
     of = EncodedSchema((Field("f0", 5),), (), tasks, CONTEXT)
     logits = {
         task: scale * torch.randn(ROWS, generator=samples.generator(i)).requires_grad_() for i, task in enumerate(tasks)
     }
     for logit in logits.values():
         logit.retain_grad()
-    return logits, samples.batch(ROWS, of)
+    batch = samples.batch(ROWS, of)
+    half = ROWS // 2
+    row = torch.arange(ROWS)
+    item = batch.ids[:, 0]
+    marks = {"positive": torch.where(row < half, -1, row - half), "item": item, "log_q": -1.0 - item.float()}
+    label = {task: (row < half).float() for task in tasks}
+    return logits, replace(batch, label=label, context={**batch.context, **marks}, negatives=1)
 
 
 def _build(build: Callable[..., Any], tasks: tuple[str, ...] = ("label",)) -> Any:

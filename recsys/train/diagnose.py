@@ -25,6 +25,7 @@ from recsys.train.checkpoint import write_json
 from recsys.train.distributed import gather_rows, wait_for_all
 from recsys.train.guard import Buffers, RandomState
 from recsys.train.run import Run
+from recsys.train.sampled import choose_sampled
 
 WORST = 5
 """Rows, and parameters, that a message shows; the file has more."""
@@ -75,16 +76,20 @@ def rows_of(batches: TrainBatches, epoch: int, step: int, given: Sequence[Batch]
     for micro, batch in enumerate(given):
         low, high, _ = batches.bounds(step, micro)
         candidates = _candidates(batches, epoch, low, high)
-        same = (rows for rows in candidates if torch.equal(batches.shards.gather(rows).ids, batch.ids))
-        found.append(next(same, np.full(high - low, -1)))
+        logged = batch.ids[: high - low]
+        same = (rows for rows in candidates if torch.equal(batches.shards.gather(rows).ids, logged))
+        rows = next(same, np.full(high - low, -1))
+        found.append(np.concatenate([rows, rows.repeat(batch.negatives)]))  # a sampled row has its logged row's number
     return np.concatenate(found)
 
 
 def _candidates(batches: TrainBatches, epoch: int, low: int, high: int) -> Iterator[npt.NDArray[np.int64]]:
     """Yield the rows at positions `low … high - 1` in the orders that an epoch may be read in."""
-    size = len(batches.shards)
+    size = batches.rows
     positions = np.arange(low, high)
-    yield Order(size, batches.seed, epoch).rows(positions)
+    yield batches.numbers(Order(size, batches.seed, epoch).rows(positions))
+    if size < len(batches.shards):
+        return
     if memory := int(batches.shuffle_memory * 2**20):
         windows = divide(size, batches.shards.size, memory)
         yield WindowOrder(size, *windows, batches.seed, epoch).rows(positions)
@@ -102,8 +107,9 @@ def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: Rando
     sums: dict[str, Tensor] = {}
     losses, scores = [], []
     masks: dict[str, list[Tensor]] = {}
-    given = list(itertools.islice(batches.epoch(epoch, step), batches.accumulate))
-    for batch in (part.to(run.device) for part in given):
+    drawn = [part.to(run.device) for part in itertools.islice(batches.epoch(epoch, step), batches.accumulate)]
+    given = [choose_sampled(run.model, batches.sampled, batch) for batch in drawn]
+    for batch in given:
         with _output(cast("nn.Module", run.model.embedding)) as embedded, _autocast(run):
             members = run.model.each(batch)
             loss = run.model.objective(run.loss, batch, members)
@@ -120,6 +126,7 @@ def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: Rando
     buffers.restore_where(torch.ones((), dtype=torch.bool, device=run.device))
     suspicion, suspects, suspicious = _suspects({why: torch.cat(m) for why, m in masks.items()}, torch.cat(scores))
     bad = {name: _bad_entries(g) for name, g in sums.items()}
+    given = [batch.to("cpu") for batch in given]
     return Part(given, rows_of(batches, epoch, step, given), losses, suspicion, suspects, suspicious, bad)
 
 

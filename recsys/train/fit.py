@@ -26,6 +26,7 @@ from recsys.train.guard import RandomState, StepGuard
 from recsys.train.options import TrainOptions
 from recsys.train.progress import FitProgress, bar
 from recsys.train.run import Run
+from recsys.train.sampled import choose_sampled
 from recsys.train.task import EpochBatches, Task
 from recsys.train.terminate import TERMINATED
 
@@ -65,6 +66,8 @@ class Fit:
         options = run.train.model_copy(update=self._changed)
         if (self.snapshot_epoch or 0) > options.epochs:
             raise RecipeError(f"{run.stage}: snapshot_epoch is {self.snapshot_epoch}, but epochs is {options.epochs}")
+        make = run.build_sampling
+        sampling = None if make is None else make(run.seed(run.stage, "sampling"))
         batches = TrainBatches(
             run.split("train"),
             options.batch_size,
@@ -73,6 +76,7 @@ class Fit:
             ranks=run.world.size,
             accumulate=options.accumulate,
             shuffle_memory=options.shuffle_memory,
+            sampled=sampling,
         )
         epochs = Epochs(self.name, self.snapshot_epoch, run, options, _monitors(run, options), batches.steps)
         if self.snapshot_epoch == 0:
@@ -124,12 +128,13 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
         first_step=steps * first + epochs.first_step,
         clip_norm=options.clip_norm,
         accumulate=options.accumulate,
+        prepare=lambda batch: choose_sampled(run.model, batches.sampled, batch),
     )
     # The back ends send no numbers of 16 bits; these are places in pruned tables, the same everywhere, and stay so.
     unsent = [name for name, buffer in task.named_buffers() if buffer.dtype in (torch.int16, torch.uint16)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, unsent)  # type: ignore[no-untyped-call]
     with bar(run.console, disable=not run.world.leads) as progress:
-        rows = FitProgress(progress, len(run.split("train")), first, options.epochs, run.stage)
+        rows = FitProgress(progress, batches.rows, first, options.epochs, run.stage)
         epochs.begin(task, EpochBatches(batches, first), progress)
         deterministic = torch.are_deterministic_algorithms_enabled()
         trainer = _trainer(run, options, [rows, epochs], max_epochs=options.epochs - first)
@@ -148,7 +153,7 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
     if epochs.terminated:
         raise SystemExit(TERMINATED)
     run.model.to(run.device)
-    run.rows_trained += len(run.split("train")) * (len(epochs.history) - first)
+    run.rows_trained += batches.rows * (len(epochs.history) - first)
     run.seconds_training += rows.seconds
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Selection, metric_name
 from recsys.data.encode import Encoder
+from recsys.data.sampling import Sampling
 from recsys.data.shards import Shards
 from recsys.errors import RecipeError, RunError, did_you_mean, listing
 from recsys.nn.model import Model
@@ -69,6 +70,7 @@ class Run:
         world: this process among those that train together.
         console: where messages to the user go.
         reference: best values possible, for a source that knows them.
+        build_sampling: makes what adds sampled rows to training batches, from a seed; None: nothing does.
         rows_trained: rows that a step of training was made with.
         row_passes: forward passes of one row besides those of these steps; a backward pass counts as two.
         stage_seconds: stage → how long it took, since the run was started or last resumed.
@@ -86,6 +88,7 @@ class Run:
     world: World = field(default_factory=World)
     console: Console = field(default_factory=Console)
     reference: Callable[[str], Mapping[str, float]] | None = None
+    build_sampling: Callable[[int], Sampling] | None = None
     stage: str = ""
     scores: Scores = field(default_factory=dict)
     rows_trained: int = 0

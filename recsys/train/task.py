@@ -27,6 +27,7 @@ class Task(lightning.LightningModule):
         first_step: steps that were done before, when the stage was resumed.
         clip_norm: largest norm of the whole gradient; 0 does not clip.
         accumulate: micro-batches per optimizer step.
+        prepare: what is done to a batch before the model sees it.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Task(lightning.LightningModule):
         first_step: int = 0,
         clip_norm: float = 0.0,
         accumulate: int = 1,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         super().__init__()
         self.model = model
@@ -48,6 +50,7 @@ class Task(lightning.LightningModule):
         self._first_step = first_step
         self._clip_norm = clip_norm
         self._accumulate = accumulate
+        self._prepare = prepare
         self.guard = guard
         self._kept = Buffers(self)
         self._masks = False
@@ -118,7 +121,7 @@ class Task(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return this batch's part of the step's mean loss, `[]`."""
         self.model.selector.anneal(self.step / self._total_steps)
-        loss = self.model.objective(self.loss, batch)
+        loss = self.model.objective(self.loss, self._prepare(batch))
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
         return loss * batch.share
 

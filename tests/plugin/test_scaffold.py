@@ -53,6 +53,7 @@ def test_each_kind_keeps_its_contract_and_has_a_valid_recipe(kind: Any, registry
         *(name for stage in recipe.stages for name in stage.options.get("metrics", ())),
         *(spec["use"] for stage in recipe.stages for spec in stage.options.get("exporters", ())),
     }
+    used |= set() if recipe.sampling is None else {recipe.sampling.sampler.name}
     if kind == "propensity":  # which the README admits
         assert "my_thing" not in used
         assert "No part of a recipe takes a propensity model yet" in (folder / "README.md").read_text()
