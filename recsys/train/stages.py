@@ -24,6 +24,7 @@ from recsys.train.fit import Fit
 from recsys.train.rank import SCORES, RankFields
 from recsys.train.run import Run, no_snapshot, spec_name
 from recsys.train.score import measure, predict
+from recsys.train.speed import first_rows, milliseconds
 
 __all__ = [
     "CountRows",
@@ -106,13 +107,17 @@ class Reset:
 
 
 class Prune:
-    """Remove what the selector and the embedding left out, physically: a smaller model, the same predictions."""
+    """Remove what the selector and the embedding left out, physically: a smaller model, the same predictions.
+
+    Its `prune.json` tells the bytes before and after, and the median time of scoring some rows.
+    """
 
     name = "prune"
 
     def run(self, run: Run) -> None:
         """Replace `run.model` by its smaller version."""
-        before = run.model.bytes()
+        before, rows = run.model.bytes(), first_rows(run.split("train"))
+        slow = milliseconds(run.model, rows) if run.world.leads else 0.0
         selection, scores = run.model.kept(), run.model.scores()
         whole = is_everything(selection, run.model.embedding.fields)
         gone = [name for name in run.model.embedding.fields.names if name not in selection.fields]
@@ -120,11 +125,16 @@ class Prune:
         run.keep_weights()
         after = run.model.bytes()
         if run.world.leads:
-            write_json(run.stage_folder / "prune.json", {"bytes_before": before, "bytes_after": after})
+            quick = milliseconds(run.model, rows)
+            told: dict[str, float] = {"bytes_before": before, "bytes_after": after, "rows_timed": len(rows)}
+            told |= {"milliseconds_before": round(slow, 3), "milliseconds_after": round(quick, 3)}
+            write_json(run.stage_folder / "prune.json", told)
             if scores:
                 write_json(run.stage_folder / SCORES, scores)
         nothing = " (everything is kept)" if whole else ""
         run.say(f"{run.stage}: {before:,} → {after:,} bytes{nothing}")
+        if run.world.leads:
+            run.say(f"{run.stage}: {len(rows):,} rows are scored in {slow:.2f} → {quick:.2f} ms")
         if gone and run.model.head.table_parameters():
             run.say(
                 f"[yellow]warning: {run.stage} removes {listing(gone)} from the embedding alone; first-order weights "
