@@ -18,9 +18,7 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for log/, truth/ and manifest.json.")] = Path(
         "simulated"
     ),
-    preset: Annotated[
-        str, typer.Option(help="World: quickstart, easy, mnar, confounded, drift, fair or leaky.")
-    ] = "quickstart",
+    preset: Annotated[str, typer.Option(metavar="WORLD", help="Which world; see above.")] = "quickstart",
     users: Annotated[int | None, typer.Option(min=1, help="Number of users, in place of the world's own.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="Number of items, in place of the world's own.")] = None,
     fields: Annotated[
@@ -31,6 +29,20 @@ def command(
             help="Put so many plain fields (user, item, context, noise in turn) in place of the world's own.",
         ),
     ] = None,
+    randomised: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of rows (of requests, in lists) that no policy had a hand in."),
+    ] = None,
+    clicks_only: Annotated[
+        bool, typer.Option("--clicks-only", help="Leave out the rows without a click; for worlds with conversions.")
+    ] = False,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform/--no-uniform",
+            help="Write uniform/ too; by default in every world whose log is not what users think of items.",
+        ),
+    ] = None,
     total: Annotated[int | None, typer.Option(min=1, help="Rows of the whole log, with --rows A:B.")] = None,
 ) -> None:
     """Write a click log with planted structure to Parquet, and the truth about each row beside it.
@@ -38,6 +50,27 @@ def command(
     `recsys simulate --rows 1000000 --seed 7 --out sim` writes `sim/log/` (what a real log would hold) and
     `sim/truth/` (the probability that drew each label), and prints the best AUC that any model can reach on it.
     Compare a model's AUC with that one, not with 1.
+
+    Worlds (--preset), each with a fault that a method must mend; a recipe reads them with
+    `source: {use: simulated, preset: WORLD}`:
+
+    quickstart     everything is shown; much of the signal is in interactions
+    easy           exposure follows popularity, not relevance
+    mnar           exposure follows relevance and, strongly, popularity
+    confounded     exposure and click share a trait that is not logged
+    drift          tastes turn, and popularity jumps at half time
+    slate-pbm      lists of ten, examined by place and device
+    slate-cascade  lists of ten, looked through until a click satisfies
+    delayed        clicks and conversions; late ones are not known yet
+    flip20         a fifth of the clicks is recorded as none
+    pooled         only what an old retriever ranks high is judged
+    fair           a sensitive attribute leaks into tastes and exposure
+    leaky          one field is the label with a few errors
+
+    Columns that a debiasing loss reads stand in the log under plain names (observed, propensity, popularity,
+    uniform, attribute, request, position, click, conversion, delay, elapsed), to be named under `data.context`.
+    `sim/uniform/` holds rows on which everything was shown, examined, judged, recorded rightly and waited for:
+    test on these what was trained on the log. Nothing but a scorer should read `sim/truth/`.
 
     Rows are a function of seed and row number: `--rows 0:500000 --total 1000000` and `--rows 500000:1000000
     --total 1000000`, run side by side, write the very rows that one run would.
@@ -48,24 +81,38 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from recsys.data.simulate_config import make_config
+    from recsys.data.simulate_presets import make_config
     from recsys.data.simulate_world import World
-    from recsys.data.simulate_write import write
+    from recsys.data.simulate_write import uniform_from, write
 
-    config = make_config(preset, rows=total or stop, seed=seed, users=users, items=items, fields=fields)
+    config = make_config(
+        preset,
+        rows=total or stop,
+        seed=seed,
+        users=users,
+        items=items,
+        fields=fields,
+        randomised=randomised,
+        clicks_only=clicks_only,
+    )
+    uniform = config.selective if uniform is None else uniform
+    first = max(start, uniform_from(config)) if uniform else stop
+    drawn = stop - start + stop - first
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("building the world", total=stop - start)
+        task = progress.add_task("building the world", total=drawn)
         world = World(config)
         progress.update(task, description="drawing rows")
         begin = time.perf_counter()
-        written = write(world, out, start, stop, lambda drawn: progress.advance(task, drawn))
+        written = write(world, out, start, stop, lambda rows: progress.advance(task, rows), uniform=uniform)
         seconds = time.perf_counter() - begin
     print(f"rows               {written.rows:,} in {out / 'log'}, {len(config.fields) + 2} fields, label y")
-    print(f"click rate         {written.click_rate:.4f}")
+    if first < stop:
+        print(f"uniform slice      {stop - first:,} rows in {out / 'uniform'}")
+    print(f"rate of y          {written.click_rate:.4f}")
     print(f"best possible AUC  {written.best_auc:.4f}")
-    print(f"speed              {written.rows / seconds:,.0f} rows/s")
+    print(f"speed              {drawn / seconds:,.0f} rows/s")
     print(f"next               recsys schema infer '{out / 'log' / '*.parquet'}'")
 
 

@@ -1,26 +1,29 @@
 """Simulated logs as a data source: clicks whose true probability is known.
 
 A model's metric can be read beside the best possible one, because the probability that drew each label is kept.
-Worlds are described in `simulate_config`, drawn in `simulate_world`, and written to files by `simulate_write`.
+Worlds are described in `simulate_config`, named in `simulate_presets`, drawn in `simulate_world`, and written to files
+by `simulate_write`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from recsys.data.simulate_config import VERSION, Preset, WorldConfig, config_digest, make_config
+from recsys.data.simulate_config import UNIFORM_FROM, VERSION, WorldConfig, config_digest
+from recsys.data.simulate_presets import Preset, make_config
 from recsys.data.simulate_random import Region
 from recsys.data.simulate_truth import auc
 from recsys.data.simulate_world import World
 from recsys.data.sources import DataRoot, MissingSplit
 from recsys.errors import RecipeError, did_you_mean, listing
 
-SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0), "uniform": (0.9, 1.0)}
+SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0), "uniform": (UNIFORM_FROM, 1.0)}
 """Split → share of the log's rows, in time order; `uniform` draws the test rows again and shows all of them."""
 
 BLOCK = 1 << 18
@@ -31,18 +34,25 @@ class Simulated:
     """A click log with planted structure and known click probabilities, drawn when it is read.
 
     The rows are those of `recsys simulate` with the same options. Columns: `row_id`, `ts` (seconds), `user`,
-    `item`, the fields of the world, the label `y`; and `o`, whether the item was shown, in worlds where that is
-    selective. The first 80 % of the rows are `train`, then 10 % `valid` and 10 % `test`; `uniform` is a test
-    split on which everything was shown.
+    `item`, the fields of the world, the label `y`; and, where the world has them, for `data.context`:
+    `observed` (was the item shown), `propensity` (with what probability), `popularity`, `uniform` (no policy had a
+    hand in the row), `attribute`, `request`, `position`, `click`, `conversion`, `delay` and `elapsed` (days). The first
+    80 % of the rows are `train`, then 10 % `valid` and 10 % `test`; `uniform` are rows in the place of `test` on which
+    everything was shown, examined, judged, recorded rightly and waited for.
 
     Args:
         rows: of all splits together.
         seed: of the world and of every draw.
         preset: which world. `quickstart` shows everything and hides much of its signal in interactions; `easy`,
-            `mnar`, `confounded`, `drift` and `fair` show items selectively, `leaky` has the label among its fields.
+            `mnar`, `confounded`, `drift` and `fair` show items selectively; `slate-pbm` and `slate-cascade` show
+            lists; in `delayed` clicks are followed by conversions, some not known yet; in `flip20` clicks get lost,
+            in `pooled` they are judged only where an old retriever looked; `leaky` has the label among its fields.
         users: number of users, in place of the world's own.
         items: number of items, in place of the world's own.
         fields: put so many plain fields (user, item, context, noise in turn) in place of the world's own.
+        uniform: splits, `valid` or `test`, that are drawn like `uniform` in place of the log's own rows.
+        randomised: share of the rows (requests, in lists) of the log that no policy had a hand in.
+        clicks_only: leave out the rows without a click; for worlds with conversions.
     """
 
     def __init__(
@@ -55,11 +65,24 @@ class Simulated:
         users: int | None = None,
         items: int | None = None,
         fields: int | None = None,
+        uniform: tuple[Literal["valid", "test"], ...] = (),
+        randomised: float | None = None,
+        clicks_only: bool = False,
     ) -> None:
         del root  # nothing is read from disk
         if rows < 10:
             raise RecipeError(f"simulated logs: rows is {rows}, must be at least 10 so that every split has one")
-        self.config: WorldConfig = make_config(preset, rows=rows, seed=seed, users=users, items=items, fields=fields)
+        self.config: WorldConfig = make_config(
+            preset,
+            rows=rows,
+            seed=seed,
+            users=users,
+            items=items,
+            fields=fields,
+            randomised=randomised,
+            clicks_only=clicks_only,
+        )
+        self._uniform = ("uniform", *uniform)
 
     @cached_property
     def world(self) -> World:
@@ -75,7 +98,11 @@ class Simulated:
         return self._frame(split, truth=False)
 
     def truth(self, split: str) -> pl.LazyFrame:
-        """Return what is known about the rows of `scan(split)`: `rho`, `gamma`, `R`, `theta`, `O`, `pop`, `attr`, `h`.
+        """Return what is known about the rows of `scan(split)`.
+
+        `rho` and `gamma`, logit and probability of the relevance `R`; `theta` that of being seen, `O`; `pop`, `attr`,
+        `h`; `chance`, the probability that drew `y`; and, where the world has them, `pi_k` of the policy, `phi` of a
+        lost click, `lambda_sel` of being judged, the logit `zeta` and the outcome `Z` of a conversion, `true_delay`.
 
         Raises:
             DataError: no such split.
@@ -84,10 +111,10 @@ class Simulated:
 
     def identity(self) -> str:
         """Return a text that is equal exactly when the rows are."""
-        return f"simulated-{VERSION}-{config_digest(self.config)}"
+        return f"simulated-{VERSION}-{config_digest(self.config)}-{'-'.join(sorted(self._uniform))}"
 
     def reference(self, split: str) -> dict[str, float]:
-        """Return metric → its value for the true click probability, which no model can beat but by luck.
+        """Return metric → its value for the probability that drew `y`, which no model can beat but by luck.
 
         NaN means undefined: every label of the split is the same.
         """
@@ -95,10 +122,12 @@ class Simulated:
         chance, label = [], []
         for a, b in _blocks(start, stop):
             log, truth = self.world.rows(a, b, region)
-            chance.append((truth["gamma"] * truth["theta"]).to_numpy())
+            chance.append(truth["chance"].to_numpy())
             label.append(log["y"].to_numpy())
         p, y = np.concatenate(chance), np.concatenate(label)
-        return {"auc": auc(p, y), "logloss": float(-np.where(y == 1, np.log(p), np.log1p(-p)).mean())}
+        with np.errstate(divide="ignore"):  # a label may be certain; its own logarithm is then 0
+            loss = -np.where(y == 1, np.log(p), np.log1p(-p))
+        return {"auc": auc(p, y), "logloss": float(loss.mean())}
 
     def best_auc(self, split: str) -> float:
         """Return the AUC of the true click probability against the labels of a split, ties counted half."""
@@ -110,7 +139,7 @@ class Simulated:
                 f"simulated logs: no split '{split}'.{did_you_mean(split, SPLITS)} There are: {listing(SPLITS)}"
             )
         first, last = SPLITS[split]
-        region = Region.UNIFORM if split == "uniform" else Region.LOG
+        region = Region.UNIFORM if split in self._uniform else Region.LOG
         return round(first * self.config.rows), round(last * self.config.rows), region
 
     def _frame(self, split: str, truth: bool) -> pl.LazyFrame:
@@ -122,9 +151,12 @@ class Simulated:
         def blocks(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, batch: int | None
         ) -> Iterator[pl.DataFrame]:
-            end = stop if limit is None else min(stop, start + limit)
-            for a, b in _blocks(start, end):
-                frame = self.world.rows(a, b, region)[truth]
+            left = stop - start if limit is None else limit
+            for a, b in _blocks(start, stop):
+                if left <= 0:
+                    return
+                frame = self.world.rows(a, b if self.config.clicks_only else min(b, a + left), region)[truth].head(left)
+                left -= len(frame)
                 if predicate is not None:
                     frame = frame.filter(predicate)
                 yield frame if columns is None else frame.select(columns)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
 from recsys.data.simulate_random import FIELDS
 from recsys.errors import RecipeError, did_you_mean, listing
 
 FieldKind = Literal["user", "item", "context", "noise", "copy", "proxy", "leak"]
-Preset = Literal["quickstart", "easy", "mnar", "confounded", "drift", "fair", "leaky"]
-PRESETS: tuple[Preset, ...] = get_args(Preset)
+Logged = Literal["observed", "propensity", "popularity", "uniform", "attribute"]
+LOGGED: tuple[Logged, ...] = get_args(Logged)
 
-VERSION = 1
+VERSION = 2
 """Of the simulator: raised when any log of an equal config would come out different."""
+
+UNIFORM_FROM = 0.9
+"""Share of the log's time after which the uniform slice begins."""
+MOST_CANDIDATES = 1024
+RESERVED = {"row_id", "ts", "user", "item", "y", "request", "position", "click", "conversion", "delay", "elapsed"} | {
+    *LOGGED
+}
+"""Names of columns that are no fields."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,108 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Slate:
+    """Rows that come in lists: a request shows `length` items, one below the other, and clicks depend on the place.
+
+    A request draws distinct candidates by popularity, and a Plackett-Luce policy puts the best of ŝ/T + Gumbel noise
+    on display, with ŝ = relevance·(ρ + N(0, noise²)) + popularity·ln pop. The place k = 0, 1, … is then examined
+
+        pbm:      with probability e_k = (k + 1)^-decay, whatever else happens
+        cascade:  until a click, after which the user leaves with probability `stop`
+
+    and what is examined is clicked when it is relevant, or by trust with probability ε⁺_k = trust / (k + 1).
+
+    Args:
+        click: how lists are looked through.
+        length: places of a list, K.
+        candidates: items that the policy chooses from.
+        relevance: weight of what the policy knows of the relevance.
+        popularity: weight of ln pop.
+        noise: standard deviation of the policy's error about ρ.
+        temperature: T of the policy; the higher, the more it explores.
+        decay: η of the examination; one number, or one for each value of `device`.
+        device: name of a context field that the examination depends on.
+        stop: probability that a click ends a cascade.
+        trust: false clicks at the first place.
+        blind: share of examined relevant items that get no click.
+    """
+
+    click: Literal["pbm", "cascade"] = "pbm"
+    length: int = 10
+    candidates: int = 40
+    relevance: float = 1.0
+    popularity: float = 0.3
+    noise: float = 0.5
+    temperature: float = 1.0
+    decay: tuple[float, ...] = (1.0,)
+    device: str = ""
+    stop: float = 0.7
+    trust: float = 0.1
+    blind: float = 0.0
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Labels that are wrong: a click is recorded as none with probability φ, and none as a click with ε.
+
+    Args:
+        rate: mean of φ over the clicks.
+        model: `lowrank` has φ = σ(c + spread·√d·A_u·C_i), normal vectors of user and item; `uniform` φ = rate.
+        spread: standard deviation of the logit of φ.
+        dim: d of the vectors.
+        false_positive: ε.
+    """
+
+    rate: float = 0.2
+    model: Literal["uniform", "lowrank"] = "lowrank"
+    spread: float = 2.0
+    dim: int = 4
+    false_positive: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Only what an old retriever ranks high is judged: label = click and judged, λ = σ(offset + slope·ρ_old).
+
+    ρ_old is the standardised score with an error of standard deviation `noise`.
+    """
+
+    offset: float = -0.5
+    slope: float = 1.5
+    noise: float = 0.5
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What follows a click: P(conversion | click) = σ(ζ), ζ = ζ0 + strength·(corr·ρ' + √(1 - corr²)·own effects).
+
+    ρ' is the standardised score; the own effects are those of the world's user, item and context fields, drawn anew.
+    A conversion comes after a Weibull delay with scale exp(-(log_rate + log_rate_by_segment·segment)) days and counts
+    within the attribution window. Rows before the snapshot know what had happened by then: a late conversion is
+    still a 0. Rows after it are the future, and know all that happens within their window.
+
+    Args:
+        rate: share of the clicks that convert in the end; ζ0 is set to meet it.
+        strength: standard deviation of ζ.
+        correlation: of ζ with the score of the click.
+        log_rate: of the delay in the first segment, per day.
+        log_rate_by_segment: by how much it changes from one segment to the next.
+        shape: of the Weibull distribution; 1 is exponential.
+        window: days in which a conversion counts.
+        now: the snapshot, as a share of the log's time.
+    """
+
+    rate: float = 0.3
+    strength: float = 1.0
+    correlation: float = 0.5
+    log_rate: float = -2.7
+    log_rate_by_segment: float = 0.5
+    shape: float = 1.0
+    window: float = 30.0
+    now: float = 0.8
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """A whole world: equal configs give equal logs, to the last bit.
 
@@ -118,11 +227,22 @@ class WorldConfig:
         confounder: weight of the unlogged user-item trait h in the logit.
         attribute: shares of the classes of the sensitive user attribute.
         attribute_leak: part κ of a user's taste that the attribute decides.
+        attribute_known: share of users whose attribute is logged; -1 stands for the others.
         fields: columns besides `user` and `item`.
         pairs: planted interactions of those columns.
         item: popularity and drift.
         exposure: None shows every row to the user, so that the label is the click itself.
-        log_exposure: write the column `o`.
+        slate: rows come in lists; None draws each row's user and item on its own.
+        flip: errors of the label.
+        pooling: only what an old retriever likes is judged.
+        conversion: what follows a click; the label is then the conversion, as far as it is known.
+        clicks_only: leave out the rows without a click, as logs of conversions do.
+        randomised: share of the rows (of the requests, in slates) that no policy had a hand in: shown whatever they
+            are worth, in slates chosen and ordered by chance; the column `uniform` tells them.
+        log: further columns: `observed` (was it shown), `propensity` (with what probability, as far as the one who
+            shows can know it), `popularity` (of the item on that day, 1 for the most popular one), `uniform`,
+            `attribute`. Slates have `request` and `position` besides, conversions `click`, `conversion`, `delay`
+            (days, 0 when there is none yet) and `elapsed` (days since the click that the label had to come).
         pilot_rows: rows on which the intercept is set.
     """
 
@@ -139,11 +259,18 @@ class WorldConfig:
     confounder: float = 0.0
     attribute: tuple[float, ...] = (0.7, 0.3)
     attribute_leak: float = 0.0
+    attribute_known: float = 1.0
     fields: tuple[SimulatedField, ...] = ()
     pairs: tuple[Pair, ...] = ()
     item: Items = field(default_factory=Items)
     exposure: Exposure | None = None
-    log_exposure: bool = False
+    slate: Slate | None = None
+    flip: Flip | None = None
+    pooling: Pooling | None = None
+    conversion: Conversion | None = None
+    clicks_only: bool = False
+    randomised: float = 0.0
+    log: tuple[Logged, ...] = ()
     pilot_rows: int = 1 << 20
 
     def __post_init__(self) -> None:
@@ -157,10 +284,37 @@ class WorldConfig:
         if len(self.attribute) > self.dim:
             raise RecipeError("simulated logs: more attribute classes than taste dimensions")
         self._check_fields()
+        self._check_slate()
+
+    @property
+    def selective(self) -> bool:
+        """Whether the log is not what its users think of its items: the uniform slice then tells something else."""
+        return any(part is not None for part in (self.exposure, self.slate, self.flip, self.pooling, self.conversion))
+
+    def _check_slate(self) -> None:
+        slate = self.slate
+        if not 0.0 <= self.randomised <= 1.0:
+            raise RecipeError(f"simulated logs: randomised is {self.randomised}, must be a share")
+        if self.clicks_only and self.conversion is None:
+            raise RecipeError("simulated logs: with clicks alone every label is 1, unless the world has conversions")
+        if slate is None:
+            return
+        if self.exposure is not None or self.flip is not None or self.pooling is not None:
+            raise RecipeError("simulated logs: a slate shows its items itself; leave out exposure, flip and pooling")
+        if not 1 <= slate.length <= slate.candidates <= min(self.items, MOST_CANDIDATES):
+            raise RecipeError(
+                f"simulated logs: {slate.length} places for {slate.candidates} candidates of {self.items} items; "
+                f"places must not be more than candidates, nor these than items or {MOST_CANDIDATES}"
+            )
+        sizes = {f.name: f.cardinality for f in self.fields if f.kind == "context"}
+        if slate.device:
+            self._check_name("slate: device", slate.device, list(sizes))
+        if len(slate.decay) not in (1, sizes.get(slate.device, 1)):
+            raise RecipeError(f"simulated logs: slate.decay has {len(slate.decay)} numbers, not one per device")
 
     def _check_fields(self) -> None:
         names = [f.name for f in self.fields]
-        twice = {n for n in names if names.count(n) > 1} | ({"user", "item", "row_id", "ts", "y", "o"} & set(names))
+        twice = {n for n in names if names.count(n) > 1} | (RESERVED & set(names))
         if twice:
             raise RecipeError(f"simulated logs: column names used twice: {listing(sorted(twice))}")
         if len(names) > FIELDS:
@@ -180,122 +334,6 @@ class WorldConfig:
     def _check_name(where: str, name: str, known: list[str]) -> None:
         if name not in known:
             raise RecipeError(f"{where}: no such field '{name}'.{did_you_mean(name, known)}")
-
-
-QUICKSTART_FIELDS = (
-    SimulatedField("age", "user", 8, zipf=0.3, strength=0.4),
-    SimulatedField("city", "user", 30, strength=0.3),
-    SimulatedField("category", "item", 12, zipf=0.5, strength=0.4),
-    SimulatedField("brand", "item", 40, strength=0.3),
-    SimulatedField("hour", "context", 24, zipf=0.2, strength=0.3),
-    SimulatedField("device", "context", 4, zipf=0.5, strength=0.2),
-    SimulatedField("noise_row", "noise", 24, zipf=0.2),
-    SimulatedField("noise_user", "noise", 30, per="user"),
-)
-QUICKSTART_PAIRS = (
-    Pair("age", "category", 0.8),
-    Pair("device", "hour", 0.6),
-    Pair("hour", "category", 0.4),
-)
-
-_LADDER = (8, 30, 100, 12, 300, 4, 1000, 24)
-
-
-def plain_fields(count: int, strength: float = 0.3) -> tuple[SimulatedField, ...]:
-    """Return `count` fields: user, item, context and noise in turn, a noise field as large as the ones before it."""
-    kinds: tuple[FieldKind, ...] = ("user", "item", "context", "noise")
-    return tuple(
-        SimulatedField(
-            f"{kinds[n % 4]}_{n // 4}",
-            kinds[n % 4],
-            _LADDER[n // 4 % len(_LADDER)],
-            strength=0.0 if kinds[n % 4] == "noise" else strength,
-        )
-        for n in range(count)
-    )
-
-
-def plain_pairs(fields: tuple[SimulatedField, ...], strength: float = 0.5) -> tuple[Pair, ...]:
-    """Return one interaction of each user field with the item field after it, at most eight."""
-    couples = [(a, b) for a, b in pairwise(fields) if (a.kind, b.kind) == ("user", "item")]
-    return tuple(Pair(a.name, b.name, strength) for a, b in couples[:8])
-
-
-def _biased(exposure: Exposure) -> WorldConfig:
-    """A world of moderate size in which exposure is selective: a proxy and a copy lie among its fields."""
-    fields = (
-        *plain_fields(8),
-        SimulatedField("gated", "context", 30, strength=0.5, gate=(1.0, 1.0, 0.0, 0.0)),
-        SimulatedField("copied", "copy", 30, of="gated", error=0.1),
-        SimulatedField("popularity", "proxy", 10, error=0.1),
-    )
-    return WorldConfig(
-        users=20_000,
-        items=5_000,
-        fields=fields,
-        pairs=plain_pairs(fields),
-        exposure=exposure,
-        log_exposure=True,
-    )
-
-
-def preset(name: str) -> WorldConfig:
-    """Return a named world.
-
-    `quickstart`: everything is shown, small cardinalities, interactions matter. `easy`: exposure does not depend
-    on relevance. `mnar`: it does, and strongly on popularity. `confounded`: exposure and click share a trait that
-    is not logged. `drift`: tastes turn and popularity jumps at half time. `fair`: a sensitive attribute leaks into
-    tastes and exposure. `leaky`: one field is the label with a few errors.
-
-    Raises:
-        RecipeError: no such world.
-    """
-    if name == "quickstart":
-        return WorldConfig(
-            rows=50_000,
-            users=200,
-            items=100,
-            dim=2,
-            target_ctr=0.25,
-            fields=QUICKSTART_FIELDS,
-            pairs=QUICKSTART_PAIRS,
-            pilot_rows=1 << 17,
-        )
-    if name == "easy":
-        return _biased(Exposure(relevance=0.0, least=0.1))
-    if name == "mnar":
-        return _biased(Exposure(popularity=1.2, relevance=0.5))
-    if name == "confounded":
-        return replace(_biased(Exposure(confounder=0.8)), confounder=0.8)
-    if name == "drift":
-        return replace(_biased(Exposure()), item=Items(drift=1 / 30, jump=1.0))
-    if name == "fair":
-        return replace(_biased(Exposure(attribute=0.7)), attribute_leak=0.4)
-    if name == "leaky":
-        world = _biased(Exposure())
-        return replace(world, fields=(*world.fields, SimulatedField("leak", "leak", error=0.05)))
-    raise RecipeError(f"no simulated world '{name}'.{did_you_mean(name, PRESETS)} There are: {listing(PRESETS)}")
-
-
-def make_config(
-    name: str,
-    *,
-    rows: int,
-    seed: int,
-    users: int | None = None,
-    items: int | None = None,
-    fields: int | None = None,
-) -> WorldConfig:
-    """Return a named world at a chosen size; `fields` puts that many plain fields in place of its own."""
-    world = replace(preset(name), rows=rows, seed=seed)
-    if users is not None:
-        world = replace(world, users=users)
-    if items is not None:
-        world = replace(world, items=items)
-    if fields is not None:
-        own = plain_fields(fields)
-        world = replace(world, fields=own, pairs=plain_pairs(own))
-    return world
 
 
 def config_digest(config: WorldConfig) -> str:

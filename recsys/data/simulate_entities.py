@@ -19,9 +19,10 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Users:
-    """Per user: attribute class `[U]`, segment `[U]`, intercept `[U]` and taste `[U, d]`."""
+    """Per user: attribute class `[U]`, the one that is told (-1: none), segment, intercept and taste `[U, d]`."""
 
     attribute: Longs
+    told_attribute: Longs
     segment: Longs
     bias: Floats
     taste: Floats
@@ -72,10 +73,12 @@ def make_users(config: WorldConfig) -> Users:
     draws = Draws.span(config.seed, 0, config.users)
     shares = np.cumsum(np.asarray(config.attribute, dtype=np.float64))
     attribute = pick(shares / shares[-1], draws.uniform(Stream.USER_ATTRIBUTE)).astype(np.int64)
-    taste = _latent(config, Stream.USER_LATENT, config.users) * np.sqrt(1.0 - config.attribute_leak)
+    taste = latent(config.seed, Stream.USER_LATENT, config.users, config.dim) * np.sqrt(1.0 - config.attribute_leak)
     taste[np.arange(config.users), attribute] += np.sqrt(config.attribute_leak)
+    known = draws.uniform(Stream.ATTRIBUTE_KNOWN) < config.attribute_known
     return Users(
         attribute=attribute,
+        told_attribute=np.where(known, attribute, -1),
         segment=draws.below(Stream.USER_SEGMENT, config.segments),
         bias=config.bias * draws.normal(Stream.USER_BIAS),
         taste=taste,
@@ -95,15 +98,15 @@ def make_items(config: WorldConfig) -> ItemTable:
         jump=draws.normal(Stream.POPULARITY_JUMP),
         bias=config.bias * draws.normal(Stream.ITEM_BIAS),
         speed=2.0 * np.pi * config.item.drift * draws.uniform(Stream.ITEM_SPEED),
-        taste=_latent(config, Stream.ITEM_LATENT_A, config.items),
-        taste_later=_latent(config, Stream.ITEM_LATENT_B, config.items),
+        taste=latent(config.seed, Stream.ITEM_LATENT_A, config.items, config.dim),
+        taste_later=latent(config.seed, Stream.ITEM_LATENT_B, config.items, config.dim),
     )
 
 
-def _latent(config: WorldConfig, stream: Stream, count: int) -> Floats:
+def latent(seed: int, stream: Stream, count: int, dim: int) -> Floats:
     """Return N(0, I/d) rows `[count, d]`; the index of an entry is entity·d + k."""
-    flat = Draws.span(config.seed, 0, count * config.dim).normal(stream)
-    return np.asarray(flat.reshape(count, config.dim) / np.sqrt(config.dim))
+    flat = Draws.span(seed, 0, count * dim).normal(stream)
+    return np.asarray(flat.reshape(count, dim) / np.sqrt(dim))
 
 
 def make_field(config: WorldConfig, position: int, users: Users, earlier: Mapping[str, FieldTable]) -> FieldTable:
@@ -118,14 +121,19 @@ def make_field(config: WorldConfig, position: int, users: Users, earlier: Mappin
     entity = _entity_values(config, position, cdf)
     if spec.kind not in ("user", "item", "context"):
         return FieldTable(cdf, entity, None)
-    weight = frequencies(cdf, entity)
-    raw = Draws.span(config.seed, 0, spec.cardinality).normal(Stream.FIELD_EFFECT + position)
-    centred = raw - (weight * raw).sum()
-    effect = centred * (spec.strength / max(float(np.sqrt((weight * centred**2).sum())), _TINY))
+    effect = centred_effect(config.seed, Stream.FIELD_EFFECT + position, cdf, entity, spec.strength)
     if spec.gate:
         # [G] x [V] -> [G·V]: one gather at segment·V + value.
         effect = np.outer(np.asarray(spec.gate, dtype=np.float64), effect).reshape(-1)
     return FieldTable(cdf, entity, effect)
+
+
+def centred_effect(seed: int, stream: int, cdf: Floats, entity: Values | None, strength: float) -> Floats:
+    """Return normal effects of values `[V]` with mean 0 and standard deviation `strength` over rows."""
+    weight = frequencies(cdf, entity)
+    raw = Draws.span(seed, 0, len(cdf)).normal(stream)
+    centred = raw - (weight * raw).sum()
+    return np.asarray(centred * (strength / max(float(np.sqrt((weight * centred**2).sum())), _TINY)))
 
 
 def _entity_values(config: WorldConfig, position: int, cdf: Floats) -> Values | None:

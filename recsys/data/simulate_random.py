@@ -47,12 +47,27 @@ class Stream(IntEnum):
     ITEM_BIAS = 190
     POPULARITY_JUMP = 191
     CONFOUNDER = 192
+    FLIP_USER = 193
+    FLIP_ITEM = 194
+    ATTRIBUTE_KNOWN = 195
     FIELD_VALUE = 200  # + field, up to 379
     PAIR_EFFECT = 400  # + 2·pair for the left field, + 2·pair + 1 for the right one
     EXPOSURE = 600
     RELEVANCE = 601
+    FLIP_PLUS = 602  # a click that is recorded as none
+    FLIP_MINUS = 603
+    CONVERSION = 604
+    DELAY = 605
+    SELECT = 606
+    EXAMINE = 607
+    GUMBEL = 608
+    CANDIDATE = 609
     USER = 610
     ITEM = 611
+    OLD_SCORE = 613
+    RANDOMISED = 614
+    VALUE = 615  # of a field that is drawn again to tell what it is worth
+    CONVERSION_EFFECT = 800  # + field, up to 979
 
 
 class Region(IntEnum):
@@ -104,6 +119,9 @@ class Draws:
     def span(cls, seed: int, start: int, stop: int) -> Draws:
         """Return the draws of the indices `start … stop-1`."""
         return cls(seed, np.arange(start, stop, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._index)
 
     def uniform(self, stream: int) -> Floats:
         """Return `[n]` float64 in (0, 1)."""

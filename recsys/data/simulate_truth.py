@@ -45,9 +45,14 @@ class Tally:
         self._ones += np.bincount(place[label == 1], minlength=self._BINS)
 
     @property
+    def rows(self) -> int:
+        """Rows so far."""
+        return int(self._all.sum())
+
+    @property
     def rate(self) -> float:
-        """Share of rows with a click."""
-        return float(self._ones.sum() / self._all.sum())
+        """Share of rows with a click; NaN without rows."""
+        return float(self._ones.sum() / self.rows) if self.rows else float("nan")
 
     @property
     def auc(self) -> float:

@@ -1,68 +1,44 @@
 """A simulated world: who meets what, when, and how likely a click is.
 
     ρ = b0 + b_u + b_i + c·√d·p_u·q_i(t) + Σ_f field effects + Σ_E pair effects + c_h·h,   γ = σ(ρ)
-    R ~ Bernoulli(γ)  the user would click,   O ~ Bernoulli(θ)  the user is shown it,   y = O·R
+    R ~ Bernoulli(γ)  the user would click,   O ~ Bernoulli(θ)  the user sees it,   click = O·R
 
-Rows draw user and item uniformly, so the population that an estimate refers to is unambiguous. Truth about a
-row is returned beside its log columns and never among them.
+Without slates, rows draw user and item uniformly, so the population that an estimate refers to is unambiguous. The
+label y is the click, or what was recorded, judged or came of it. Truth about a row is returned beside its log columns
+and never among them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
-from recsys.data.simulate_config import Exposure, SimulatedField, WorldConfig
-from recsys.data.simulate_entities import (
-    FieldTable,
-    ItemTable,
-    Users,
-    Values,
-    make_field,
-    make_items,
-    make_users,
-    owner_of,
-    pair_factors,
-    pick,
-    scatter_error,
-    segment_effect,
+from recsys.data.simulate_after import Afterwards, Columns, Fate
+from recsys.data.simulate_config import WorldConfig
+from recsys.data.simulate_exposure import (
+    Calibration,
+    Seen,
+    attraction,
+    cascade,
+    exposure,
+    known_exposure,
+    pbm,
+    see_row,
+    see_slate,
+    sigmoid,
 )
-from recsys.data.simulate_random import CHUNK, Draws, Floats, Longs, Region, Stream
+from recsys.data.simulate_random import CHUNK, Floats, Region, Stream
+from recsys.data.simulate_scene import Flags, Scene, draw_pairs
+from recsys.data.simulate_slates import draw_slates
+from recsys.data.simulate_tables import Tables
 from recsys.errors import RecipeError
 
 START = 1_704_067_200
 """2024-01-01T00:00:00Z, when every log begins."""
 _DAY = 86_400.0
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Rows before anything is shown: draws, time in days, ids, field values, and the parts of the logits.
-
-    `score` is ρ - b0. All are `[n]`; `values` holds one `[n]` per field, None for a leak.
-    """
-
-    draws: Draws
-    row: Longs
-    time: Floats
-    user: Longs
-    item: Longs
-    values: list[Values | None]
-    score: Floats
-    log_popularity: Floats
-    confounder: Floats
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the pilot rows set: the intercept, and centre and scale of what exposure looks at."""
-
-    intercept: float
-    log_popularity_mean: float
-    score_mean: float
-    score_sd: float
 
 
 class World:
@@ -77,191 +53,166 @@ class World:
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
-        self.users: Users = make_users(config)
-        self.items: ItemTable = make_items(config)
-        self.tables: dict[str, FieldTable] = {}
-        for position, spec in enumerate(config.fields):
-            self.tables[spec.name] = make_field(config, position, self.users, self.tables)
-        self._pairs = [
-            (pair, pair_factors(config, number, self.tables[pair.left], self.tables[pair.right]))
-            for number, pair in enumerate(config.pairs)
-        ]
-        self._position = {spec.name: n for n, spec in enumerate(config.fields)}
-        self._user_offset, self._item_offset = self._offsets()
+        self.tables = Tables(config)
+        self.afterwards = Afterwards(self.tables)
         self.calibration = self._calibrate()
 
     def rows(self, start: int, stop: int, region: Region = Region.LOG) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """Return log and truth of the rows `start … stop-1`; in the uniform region every row is shown."""
-        parts = [self._chunk(a, min(a + CHUNK, stop), region) for a in range(start, stop, CHUNK)]
+        """Return log and truth of the rows `start … stop-1`; in the uniform region every row is shown.
+
+        Where the world keeps its clicks only, the others are left out.
+        """
+        length = 1 if self.config.slate is None else self.config.slate.length
+        scenes = self._scenes(start // length, -(-stop // length), region, self.config.rows)
+        parts = [self._frames(scene) for scene in scenes]
         if not parts:
-            parts = [self._chunk(start, start, region)]
-        return pl.concat([log for log, _ in parts]), pl.concat([truth for _, truth in parts])
+            parts = [self._frames(scene) for scene in self._scenes(0, 1, region, self.config.rows)]
+            return parts[0][0].clear(), parts[0][1].clear()
+        first = start // length * length
+        log, truth = (pl.concat([p[side] for p in parts])[start - first : stop - first] for side in (0, 1))
+        if self.config.clicks_only:
+            clicked = log["click"] == 1
+            log, truth = log.filter(clicked), truth.filter(clicked)
+        return log, truth
 
-    def _chunk(self, start: int, stop: int, region: Region) -> tuple[pl.DataFrame, pl.DataFrame]:
-        scene = self._scene(start, stop, region, self.config.rows)
+    def _scenes(self, first: int, last: int, region: Region, total: int) -> Iterator[Scene]:
+        """Draw the rows, or the requests, `first … last-1` piece by piece; `total` rows fill the log's time."""
+        slate = self.config.slate
+        # Candidates are what is many in a slate.
+        step = CHUNK if slate is None else max(1, CHUNK // slate.candidates)
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            if slate is None:
+                yield draw_pairs(self.tables, a, b, region, total)
+            else:
+                yield draw_slates(self.tables, slate, a, b, region, total)
+
+    def _frames(self, scene: Scene) -> tuple[pl.DataFrame, pl.DataFrame]:
         rho = scene.score + self.calibration.intercept
-        gamma = _sigmoid(rho)
-        shown_to_all = self.config.exposure is None or region is Region.UNIFORM
-        theta = np.ones_like(gamma) if shown_to_all else self._theta(scene, self.calibration)
+        gamma = sigmoid(rho)
         relevant = scene.draws.uniform(Stream.RELEVANCE) < gamma
-        shown = scene.draws.uniform(Stream.EXPOSURE) < theta
-        return self._log(scene, relevant & shown, shown), self._truth(scene, rho, gamma, theta, relevant, shown)
+        seen = self._see(scene, gamma, relevant)
+        fate = Fate(seen.clicked, seen.chance, {}, {})
+        for then in (self.afterwards.record, self.afterwards.judge, self.afterwards.follow):
+            after = then(scene, self.calibration, fate.label, fate.chance)
+            fate = Fate(after.label, after.chance, fate.log | after.log, fate.truth | after.truth)
+        return self._log(scene, seen, fate), self._truth(scene, rho, gamma, relevant, seen, fate)
 
-    def _log(self, scene: Scene, clicked: np.ndarray, shown: np.ndarray) -> pl.DataFrame:
-        columns: dict[str, np.ndarray] = {
-            "row_id": scene.row,
-            "ts": START + np.rint(scene.time * _DAY).astype(np.int64),
-            "user": scene.user,
-            "item": scene.item,
-        }
-        label = clicked.astype(np.int8)
+    def _see(self, scene: Scene, gamma: Floats, relevant: Flags) -> Seen:
+        if self.config.slate is not None:
+            return see_slate(self.tables, self.config.slate, scene, gamma, relevant)
+        return see_row(self.tables, scene, self.calibration, gamma, relevant)
+
+    def _log(self, scene: Scene, seen: Seen, fate: Fate) -> pl.DataFrame:
+        columns: Columns = {"row_id": scene.row, "ts": START + np.rint(scene.time * _DAY).astype(np.int64)}
+        if self.config.slate is not None:
+            columns["request"] = scene.row // self.config.slate.length
+            columns["position"] = (scene.row % self.config.slate.length).astype(np.int32)
+        columns |= {"user": scene.user, "item": scene.item}
+        label = fate.label.astype(np.int8)
         for position, (spec, value) in enumerate(zip(self.config.fields, scene.values, strict=True)):
             if value is None:
                 wrong = scene.draws.uniform(Stream.FIELD_VALUE + position) < spec.error
                 value = (label ^ wrong).astype(np.int32)
             columns[spec.name] = value
         columns["y"] = label
-        if self.config.log_exposure:
-            columns["o"] = shown.astype(np.int8)
-        return pl.DataFrame(columns)
+        columns |= {name: self._logged(name, scene, seen) for name in self.config.log}
+        return pl.DataFrame(columns | fate.log)
 
-    def _truth(
-        self, scene: Scene, rho: Floats, gamma: Floats, theta: Floats, relevant: np.ndarray, shown: np.ndarray
-    ) -> pl.DataFrame:
-        return pl.DataFrame(
-            {
-                "row_id": scene.row,
-                "rho": rho,
-                "gamma": gamma,
-                "R": relevant.astype(np.int8),
-                "theta": theta,
-                "O": shown.astype(np.int8),
-                "pop": np.exp(scene.log_popularity),
-                "attr": self.users.attribute[scene.user],
-                "h": scene.confounder,
-            }
-        )
+    def _logged(self, name: str, scene: Scene, seen: Seen) -> np.ndarray:
+        if name == "observed":
+            return seen.seen.astype(np.int8)
+        if name == "uniform":
+            return scene.randomised.astype(np.int8)
+        if name == "attribute":
+            return self.tables.users.told_attribute[scene.user]
+        if name == "popularity":
+            return self.tables.popularity(scene.item, scene.time).astype(np.float32)
+        known = known_exposure(self.tables, scene, self.calibration, seen.theta)
+        return (known if scene.choice is None else scene.choice).astype(np.float32)
 
-    def _scene(self, start: int, stop: int, region: Region, total: int) -> Scene:
-        """Draw rows up to their score; `total` rows fill the log's time."""
-        row = np.arange(start, stop, dtype=np.int64)
-        draws = Draws(self.config.seed, row + int(region))
-        time = row.astype(np.float64) * (self.config.days / total)
-        user = draws.below(Stream.USER, self.config.users)
-        item = draws.below(Stream.ITEM, self.config.items)
-        segment = self.users.segment[user]
-        values = self._values(draws, user, item)
-        confounder = self._confounder(user, item)
-        score = self._user_offset[user] + self._item_offset[item]
-        score += self.config.taste * np.sqrt(self.config.dim) * self._taste(user, item, time)
-        for spec, value in zip(self.config.fields, values, strict=True):
-            effect = self.tables[spec.name].effect
-            if effect is not None and value is not None and not self._is_folded(spec):
-                score += segment_effect(effect, segment, value, spec.cardinality)
-        for pair, (a, b) in self._pairs:
-            left, right = values[self._position[pair.left]], values[self._position[pair.right]]
-            score += np.einsum("nr,nr->n", a[left], b[right])
-        score += self.config.confounder * confounder
-        return Scene(draws, row, time, user, item, values, score, self._log_popularity(item, time), confounder)
-
-    def _values(self, draws: Draws, user: Longs, item: Longs) -> list[Values | None]:
-        values: list[Values | None] = []
-        for position, spec in enumerate(self.config.fields):
-            stream = Stream.FIELD_VALUE + position
-            table = self.tables[spec.name]
-            if spec.kind == "leak":
-                values.append(None)  # the label is not drawn yet
-            elif spec.kind == "copy":
-                source = values[self._position[spec.of]]
-                assert table.order is not None
-                values.append(scatter_error(table.order[source], draws.uniform(stream), spec.error, len(table.cdf)))
-            elif spec.kind == "proxy":
-                decile = (self.items.rank[item] * spec.cardinality // self.config.items).astype(np.int32)
-                values.append(scatter_error(decile, draws.uniform(stream), spec.error, spec.cardinality))
-            elif table.entity is not None:
-                values.append(table.entity[user if owner_of(spec) == "user" else item])
-            else:
-                values.append(pick(table.cdf, draws.uniform(stream)))
-        return values
-
-    def _taste(self, user: Longs, item: Longs, time: Floats) -> Floats:
-        """Return p_u·q_i(t) `[n]`."""
-        p = self.users.taste[user]  # [n, d]
-        now = np.einsum("nd,nd->n", p, self.items.taste[item])
-        if self.config.item.drift == 0.0:
-            return np.asarray(now)
-        angle = self.items.speed[item] * time
-        later = np.einsum("nd,nd->n", p, self.items.taste_later[item])
-        return np.asarray(np.cos(angle) * now + np.sin(angle) * later)
-
-    def _log_popularity(self, item: Longs, time: Floats) -> Floats:
-        style = self.config.item
-        level = self.items.log_popularity[item]
-        if style.season:
-            level = level + style.season * np.sin(2.0 * np.pi * (time / 7.0 + self.items.phase[item]))
-        if style.jump:
-            level = level + style.jump * (time >= style.jump_at * self.config.days) * self.items.jump[item]
-        return np.asarray(level)
-
-    def _confounder(self, user: Longs, item: Longs) -> Floats:
-        """Return the trait h `[n]` of user and item together, the same whenever the two meet."""
-        if self.config.confounder == 0.0 and (self.config.exposure is None or self.config.exposure.confounder == 0.0):
-            return np.zeros(len(user))
-        return Draws(self.config.seed, user * self.config.items + item).normal(Stream.CONFOUNDER)
-
-    @staticmethod
-    def _is_folded(spec: SimulatedField) -> bool:
-        """Whether an effect is part of its user's or item's offset: it is then no work per row."""
-        return spec.kind == "user" or (spec.kind == "item" and not spec.gate)
-
-    def _offsets(self) -> tuple[Floats, Floats]:
-        users, items = self.users.bias.copy(), self.items.bias.copy()
-        nobody = np.zeros(self.config.items, dtype=np.int64)
-        for spec in self.config.fields:
-            table = self.tables[spec.name]
-            if table.effect is None or table.entity is None or not self._is_folded(spec):
-                continue
-            if spec.kind == "user":
-                users += segment_effect(table.effect, self.users.segment, table.entity, spec.cardinality)
-            else:
-                items += segment_effect(table.effect, nobody, table.entity, spec.cardinality)
-        return users, items
-
-    def _theta(self, scene: Scene, centre: Calibration) -> Floats:
-        exposure = self.config.exposure or Exposure()
-        logit = exposure.bias + exposure.popularity * (scene.log_popularity - centre.log_popularity_mean)
-        logit += exposure.relevance * (scene.score - centre.score_mean) / centre.score_sd
-        logit += exposure.confounder * scene.confounder
-        logit += exposure.attribute * (self.users.attribute[scene.user] == 1)
-        return np.clip(_sigmoid(logit), exposure.least, exposure.most)
+    def _truth(self, scene: Scene, rho: Floats, gamma: Floats, relevant: Flags, seen: Seen, fate: Fate) -> pl.DataFrame:
+        columns: Columns = {
+            "row_id": scene.row,
+            "rho": rho,
+            "gamma": gamma,
+            "R": relevant.astype(np.int8),
+            "theta": seen.theta,
+            "O": seen.seen.astype(np.int8),
+            "pop": np.exp(scene.log_popularity),
+            "attr": self.tables.users.attribute[scene.user],
+            "h": scene.confounder,
+            "chance": fate.chance,
+        }
+        if scene.choice is not None:
+            columns["pi_k"] = scene.choice
+        return pl.DataFrame(columns | fate.truth)
 
     def _calibrate(self) -> Calibration:
-        """Set b0 by bisection so that the pilot's mean of γ·θ is the click rate asked for."""
-        total = self.config.pilot_rows
-        # Field values are most of a scene, and have done their work in the score.
-        scenes = [
-            replace(self._scene(a, min(a + CHUNK, total), Region.PILOT, total), values=[])
-            for a in range(0, total, CHUNK)
-        ]
-        score = np.concatenate([scene.score for scene in scenes])
-        popularity = float(np.concatenate([scene.log_popularity for scene in scenes]).mean())
+        """Set the intercepts by bisection, so that the pilot rows have the rates asked for."""
+        pilot = self._pilot()
+        score = np.concatenate([scene.score for scene in pilot])
+        popularity = float(np.concatenate([scene.log_popularity for scene in pilot]).mean())
         centre = Calibration(0.0, popularity, float(score.mean()), float(score.std()) or 1.0)
-        shown = self.config.exposure is None
-        theta = np.ones(1) if shown else np.concatenate([self._theta(scene, centre) for scene in scenes])
-        if theta.mean() <= self.config.target_ctr:
+        click = self._click_chance(pilot, score, centre)
+        most = float(click(40.0).mean())
+        if most <= self.config.target_ctr:
             raise RecipeError(
                 f"simulated logs: a click rate of {self.config.target_ctr} cannot be reached when only "
-                f"{theta.mean():.4f} of the rows are shown; lower target_ctr or raise the exposure bias"
+                f"{most:.4f} of the rows are shown; lower target_ctr or raise the exposure bias"
             )
-        low, high = -40.0, 40.0
-        for _ in range(52):  # 80·2^-52: as close as float64 tells apart
-            middle = 0.5 * (low + high)
-            if float((_sigmoid(score + middle) * theta).mean()) < self.config.target_ctr:
-                low = middle
-            else:
-                high = middle
-        return Calibration(0.5 * (low + high), centre.log_popularity_mean, centre.score_mean, centre.score_sd)
+        centre = replace(centre, intercept=_solve(lambda b: float(click(b).mean()), self.config.target_ctr))
+        return self._calibrate_afterwards(pilot, centre, click(centre.intercept))
+
+    def _pilot(self) -> list[Scene]:
+        slate = self.config.slate
+        total = self.config.pilot_rows
+        length = 1 if slate is None else slate.length
+        keep = self.config.conversion is not None or (slate is not None and len(slate.decay) > 1)
+        # Field values are most of a scene, and have mostly done their work in the score.
+        return [
+            scene if keep else replace(scene, values=[])
+            for scene in self._scenes(0, -(-total // length), Region.PILOT, total)
+        ]
+
+    def _click_chance(self, pilot: list[Scene], score: Floats, centre: Calibration) -> Callable[[float], Floats]:
+        """Return the function from intercept to the click probabilities of the pilot rows."""
+        slate = self.config.slate
+        if slate is not None:
+            places = np.concatenate([pbm(self.tables, slate, s) for s in pilot]) if slate.click == "pbm" else None
+
+            def click(intercept: float) -> Floats:
+                attracts = attraction(slate, sigmoid(score + intercept))
+                return attracts * (cascade(slate, attracts) if places is None else places)
+
+            return click
+        shown = self.config.exposure is None
+        theta = np.ones(1) if shown else np.concatenate([exposure(self.tables, s, centre) for s in pilot])
+        return lambda intercept: sigmoid(score + intercept) * theta
+
+    def _calibrate_afterwards(self, pilot: list[Scene], centre: Calibration, click: Floats) -> Calibration:
+        flip, conversion = self.config.flip, self.config.conversion
+        if flip is not None:
+            wrong = np.concatenate([self.afterwards.flip_logit(flip, s) for s in pilot])
+            centre = replace(centre, flip=_solve_mean(wrong, click, flip.rate))
+        if conversion is not None:
+            own = np.concatenate([self.afterwards.conversion_logit(conversion, s, centre) for s in pilot])
+            centre = replace(centre, conversion=_solve_mean(own, click, conversion.rate))
+        return centre
 
 
-def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(1.0 / (1.0 + np.exp(-x)))
+def _solve_mean(logit: Floats, weight: Floats, target: float) -> float:
+    """Return the constant that makes the weighted mean of σ(logit + constant) the target."""
+    return _solve(lambda c: float((sigmoid(logit + c) * weight).sum() / weight.sum()), target)
+
+
+def _solve(rate: Callable[[float], float], target: float) -> float:
+    """Return where an increasing function meets the target."""
+    low, high = -40.0, 40.0
+    for _ in range(52):  # 80·2^-52: as close as float64 tells apart
+        middle = 0.5 * (low + high)
+        if rate(middle) < target:
+            low = middle
+        else:
+            high = middle
+    return 0.5 * (low + high)

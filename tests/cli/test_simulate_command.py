@@ -33,7 +33,7 @@ def test_it_writes_the_log_that_the_source_reads(call, tmp_path):
     assert set(log.columns) & set(truth.columns) == {"row_id"}
     told = dict(re.findall(r"^(.+?)  +([\d.,]+)", result.output, flags=re.MULTILINE))
     assert told["rows"] == "6,000"
-    assert float(told["click rate"]) == pytest.approx(log["y"].mean(), abs=5e-5)
+    assert float(told["rate of y"]) == pytest.approx(log["y"].mean(), abs=5e-5)
     wins = log.with_columns(truth["gamma"])
     ones, zeros = (wins.filter(pl.col("y") == v).select("gamma").to_numpy() for v in (1, 0))
     assert float(told["best possible AUC"]) == pytest.approx((ones > zeros.T).mean(), abs=6e-5)

@@ -1,6 +1,7 @@
 """Simulated logs as a source: the splits of one log, and the best values that a model can reach on them."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +16,10 @@ from sklearn.preprocessing import OneHotEncoder
 
 from recsys.data import simulate
 from recsys.data.simulate import Simulated
-from recsys.data.simulate_config import PRESETS, make_config
+from recsys.data.simulate_presets import PRESETS, make_config
 from recsys.data.simulate_truth import Tally, auc
 from recsys.data.simulate_world import World
+from recsys.data.simulate_write import write
 from recsys.data.sources import DataRoot
 from recsys.errors import DataError, RecipeError
 
@@ -60,6 +62,29 @@ def test_a_large_log_is_streamed_and_equal(monkeypatch):
     assert lazy.select(pl.len()).collect().item() == len(whole)
 
 
+def test_splits_drawn_from_uniform_traffic():
+    """Catches a uniform test split with the log's rows, a reference of other rows, and one that moves train."""
+    plain = Simulated(ROOT, rows=20_000, preset="mnar", users=300, items=100)
+    asked = Simulated(ROOT, rows=20_000, preset="mnar", users=300, items=100, uniform=("test",))
+    for split in ("train", "valid"):
+        assert_frame_equal(asked.scan(split).collect(), plain.scan(split).collect(), check_exact=True)
+    assert_frame_equal(asked.scan("test").collect(), plain.scan("uniform").collect(), check_exact=True)
+    assert asked.reference("test") == plain.reference("uniform") != plain.reference("test")
+    assert asked.scan("test").select(pl.col("uniform", "observed").min()).collect().row(0) == (1, 1)
+
+
+def test_a_log_of_clicks_is_streamed_and_equal(monkeypatch):
+    """Catches a limit that counts rows which are then left out."""
+    options = {"rows": 20_000, "preset": "delayed", "users": 500, "items": 100, "fields": 2}
+    whole = Simulated(ROOT, **options).scan("train").collect()
+    clicks = Simulated(ROOT, **options, clicks_only=True).scan("train").collect()
+    assert_frame_equal(clicks, whole.filter(pl.col("click") == 1), check_exact=True)
+    monkeypatch.setattr(simulate, "BLOCK", 4000)
+    lazy = Simulated(ROOT, **options, clicks_only=True).scan("train")
+    assert_frame_equal(lazy.head(1000).collect(), clicks.head(1000), check_exact=True)
+    assert_frame_equal(lazy.collect(), clicks, check_exact=True)
+
+
 def test_identity_follows_every_option():
     """Catches a cache that serves one world's rows for another."""
     options = [
@@ -70,6 +95,10 @@ def test_identity_follows_every_option():
         {"users": 199},
         {"items": 99},
         {"fields": 3},
+        {"uniform": ("test",)},
+        {"randomised": 0.1},
+        {"preset": "delayed"},
+        {"preset": "delayed", "clicks_only": True},
     ]
     names = [Simulated(ROOT, **o).identity() for o in options]
     assert len(set(names)) == len(options)
@@ -86,13 +115,15 @@ def test_sizes_of_nothing_are_refused(option):
     assert np.isnan(smallest.best_auc("test"))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mnar"])
+@pytest.mark.parametrize("name", ["quickstart", "mnar", "flip20", "delayed", "slate-pbm"])
 def test_reference_is_the_metric_of_the_true_probability(name):
     """Catches a reference of γ where exposure hides clicks, of other rows, or of the click's expectation."""
     source = Simulated(ROOT, rows=20_000, preset=name, users=300, items=100)
     for split in ("train", "test", "uniform"):
         truth, y = source.truth(split).collect(), source.scan(split).collect()["y"].to_numpy()
-        p = (truth["gamma"] * truth["theta"]).to_numpy()
+        p = truth["chance"].to_numpy()
+        if name in ("quickstart", "mnar"):
+            np.testing.assert_array_equal(p, (truth["gamma"] * truth["theta"]).to_numpy())
         reference = source.reference(split)
         assert reference["auc"] == pytest.approx(roc_auc_score(y, p), abs=1e-12)
         assert reference["logloss"] == pytest.approx(log_loss(y, p), abs=1e-12)
@@ -151,10 +182,39 @@ PINNED = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_draw_the_same_logs_for_ever(name):
+@pytest.mark.parametrize("name", sorted(PINNED))
+def test_presets_draw_the_same_clicks_for_ever(name):
     """Catches a change of a preset or of the simulator that does not raise its VERSION."""
-    config = replace(make_config(name, rows=2000, seed=1, users=3000, items=500), pilot_rows=1 << 12)
+    config = small(name)
     log, _ = World(config).rows(0, 2000)
+    kept = ["row_id", "ts", "user", "item", *(f.name for f in config.fields), "y", "observed"]
+    log = log.select(c for c in kept if c in log.columns)
     digest = hashlib.sha256(log.to_numpy(order="c").astype("<i8").tobytes()).hexdigest()[:16]
     assert digest == PINNED[name]
+
+
+MANIFESTS = {
+    "quickstart": "ff736bd927c457e7",
+    "easy": "1d840350f4a4e571",
+    "mnar": "c5d02343af6b0920",
+    "confounded": "51f9e813f8104679",
+    "drift": "676c0f5ace835122",
+    "slate-pbm": "42440eafb63a4b57",
+    "slate-cascade": "5cf0ec8443ad3028",
+    "delayed": "edd97cec1c8e51b8",
+    "flip20": "2802b5bde1818ed6",
+    "pooled": "4cfce63c671d760e",
+    "fair": "8d3a4a4a326320b4",
+    "leaky": "2e530d50e4aae877",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_manifests_of_the_presets_are_the_same_for_ever(name, tmp_path):
+    """Catches a change of any column of a log or of its uniform slice that does not raise the simulator's VERSION."""
+    write(World(small(name)), tmp_path, 0, 2000, uniform=True)
+    assert json.loads((tmp_path / "manifest.json").read_text())["log_sha256"][:16] == MANIFESTS[name]
+
+
+def small(name):
+    return replace(make_config(name, rows=2000, seed=1, users=3000, items=500), pilot_rows=1 << 12)

@@ -8,18 +8,9 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from recsys.data import simulate_world
-from recsys.data.simulate_config import (
-    PRESETS,
-    Exposure,
-    Items,
-    Pair,
-    SimulatedField,
-    WorldConfig,
-    make_config,
-    plain_fields,
-    preset,
-)
+from recsys.data.simulate_config import Exposure, Items, Pair, SimulatedField, WorldConfig
 from recsys.data.simulate_entities import frequencies
+from recsys.data.simulate_presets import PRESETS, make_config, plain_fields, preset
 from recsys.data.simulate_random import Draws, Region, Stream
 from recsys.data.simulate_truth import auc
 from recsys.data.simulate_world import World
@@ -49,7 +40,7 @@ EVERYTHING = WorldConfig(
     pairs=(Pair("u", "i", 0.7), Pair("c", "i", 0.5, rank=3)),
     item=Items(season=0.3, jump=0.5, drift=1 / 30),
     exposure=Exposure(popularity=0.8, relevance=0.4, confounder=0.3, attribute=0.5),
-    log_exposure=True,
+    log=("observed", "propensity", "popularity", "uniform", "attribute"),
     pilot_rows=1 << 17,
 )
 
@@ -93,7 +84,7 @@ def test_click_rate_and_exposure_probabilities(frames):
     assert truth["theta"].min() >= 0.01
     assert truth["theta"].max() <= 0.95
     assert log["y"].equals((truth["R"] * truth["O"]).alias("y"), check_names=True)
-    assert log["o"].equals(truth["O"].alias("o"))
+    assert log["observed"].equals(truth["O"].alias("observed"))
 
 
 def by_value(residual, value, size):
@@ -107,7 +98,7 @@ def by_value(residual, value, size):
 def test_noise_says_nothing_and_gates_close(world, frames):
     """S4: catches noise that moves the click, a gate that is ignored, and one that is closed everywhere."""
     log, truth = frames
-    segment = world.users.segment[log["user"].to_numpy()]
+    segment = world.tables.users.segment[log["user"].to_numpy()]
     relevant = truth["R"].to_numpy().astype(float)
     for g in range(4):
         inside = segment == g
@@ -192,12 +183,19 @@ def test_an_unlogged_trait_defeats_propensities_without_it():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_truth_is_not_in_the_log(name):
-    """S9: catches a truth column that a model could be trained on."""
-    config = replace(make_config(name, rows=1000, seed=1, users=300, items=200), pilot_rows=1 << 12, log_exposure=True)
+    """S9: catches a truth column that a model could be trained on, and a column that a loss would miss."""
+    config = replace(make_config(name, rows=1000, seed=1, users=300, items=200), pilot_rows=1 << 12, randomised=0.2)
     log, truth = World(config).rows(0, 1000)
     assert set(log.columns) & set(truth.columns) == {"row_id"}
-    assert log.columns == ["row_id", "ts", "user", "item", *(f.name for f in config.fields), "y", "o"]
+    lists = ["request", "position"] if config.slate else []
+    later = ["click", "conversion", "delay", "elapsed"] if config.conversion else []
+    ids, fields = ["row_id", "ts", *lists, "user", "item"], [f.name for f in config.fields]
+    assert log.columns == [*ids, *fields, "y", *config.log, *later]
     assert (log["row_id"] == truth["row_id"]).all()
+    # Names apart, no column may say the truth under another one; a propensity is what its policy itself knows.
+    for told in log.drop("row_id", "propensity", strict=False).iter_columns():
+        for true in truth.select("rho", "gamma", "chance").iter_columns():
+            assert not np.allclose(told.to_numpy().astype(float), true.to_numpy())
 
 
 def test_nothing_beats_the_true_probability():
@@ -209,7 +207,7 @@ def test_nothing_beats_the_true_probability():
     entropy = -(gamma * np.log(gamma) + (1 - gamma) * np.log1p(-gamma))
     assert abs(z(loss - entropy)) < 4
     assert truth["theta"].min() == 1.0
-    first = world._user_offset[log["user"].to_numpy()] + world._item_offset[log["item"].to_numpy()]
+    first = world.tables.user_offset[log["user"].to_numpy()] + world.tables.item_offset[log["item"].to_numpy()]
     for fake in (0.8 * rho, 1.25 * rho, rho + 0.2, first - 1.5):
         assert (np.logaddexp(0, fake) - y * fake).mean() > loss.mean()
     noisy = rho + 0.3 * np.random.default_rng(0).normal(size=len(rho))
@@ -223,19 +221,26 @@ def test_rho_and_theta_follow_the_formula(world, frames):
     for row in [0, 5, 99_999, 100_001, *range(150_000, 150_020)]:
         r, t = log.row(row, named=True), truth.row(row, named=True)
         u, i, day = r["user"], r["item"], row / ROWS * EVERYTHING.days
-        w = world.items.speed[i] * day
-        q = np.cos(w) * world.items.taste[i] + np.sin(w) * world.items.taste_later[i]
-        score = world.users.bias[u] + world.items.bias[i] + 0.5 * np.sqrt(4) * (world.users.taste[u] @ q)
-        g = int(world.users.segment[u])
+        w = world.tables.items.speed[i] * day
+        q = np.cos(w) * world.tables.items.taste[i] + np.sin(w) * world.tables.items.taste_later[i]
+        score = (
+            world.tables.users.bias[u]
+            + world.tables.items.bias[i]
+            + 0.5 * np.sqrt(4) * (world.tables.users.taste[u] @ q)
+        )
+        g = int(world.tables.users.segment[u])
         for spec in FIELDS[:4]:
-            table = world.tables[spec.name].effect
+            table = world.tables.fields[spec.name].effect
             score += table[g * spec.cardinality + r[spec.name]] if spec.gate else table[r[spec.name]]
-        for pair, (a, b) in world._pairs:
+        for pair, (a, b) in world.tables.pairs:
             score += sum(a[r[pair.left], k] * b[r[pair.right], k] for k in range(pair.rank))
         score += 0.4 * t["h"]
         assert t["rho"] == pytest.approx(score + cal.intercept, abs=1e-12)
-        level = -0.8 * np.log(world.items.rank[i] + 1)
-        level += 0.3 * np.sin(2 * np.pi * (day / 7 + world.items.phase[i])) + (day >= 30) * 0.5 * world.items.jump[i]
+        level = -0.8 * np.log(world.tables.items.rank[i] + 1)
+        level += (
+            0.3 * np.sin(2 * np.pi * (day / 7 + world.tables.items.phase[i]))
+            + (day >= 30) * 0.5 * world.tables.items.jump[i]
+        )
         assert np.log(t["pop"]) == pytest.approx(level, abs=1e-12)
         logit = x.bias + 0.8 * (level - cal.log_popularity_mean) + 0.4 * (score - cal.score_mean) / cal.score_sd
         logit += 0.3 * t["h"] + 0.5 * (t["attr"] == 1)
@@ -246,16 +251,18 @@ def test_rho_and_theta_follow_the_formula(world, frames):
 def test_effects_are_centred_and_as_strong_as_asked(world):
     """Catches a pair that leaks into a main effect, and a strength that depends on the luck of a small field."""
     for spec in FIELDS[:4]:
-        table = world.tables[spec.name]
+        table = world.tables.fields[spec.name]
         weight = frequencies(table.cdf, table.entity)
         assert weight.sum() == pytest.approx(1.0)
         factor = spec.gate or (1.0,)
         for g, row in zip(factor, table.effect.reshape(len(factor), -1), strict=True):
             assert weight @ row == pytest.approx(0.0, abs=1e-12)
             assert np.sqrt(weight @ row**2) == pytest.approx(spec.strength * g)
-    for pair, (a, b) in world._pairs:
+    for pair, (a, b) in world.tables.pairs:
         effect = a @ b.T
-        left, right = (frequencies(world.tables[n].cdf, world.tables[n].entity) for n in (pair.left, pair.right))
+        left, right = (
+            frequencies(world.tables.fields[n].cdf, world.tables.fields[n].entity) for n in (pair.left, pair.right)
+        )
         np.testing.assert_allclose(left @ effect, 0.0, atol=1e-12)
         np.testing.assert_allclose(effect @ right, 0.0, atol=1e-12)
         assert np.sqrt(left @ effect**2 @ right) == pytest.approx(pair.strength)
@@ -265,12 +272,12 @@ def test_effects_are_centred_and_as_strong_as_asked(world):
 def test_copy_proxy_and_leak_err_as_often_as_asked(world, frames):
     """Catches a copy that is not one-to-one, a decile of the wrong item, and errors at the wrong rate."""
     log, _ = frames
-    order = world.tables["again"].order
+    order = world.tables.fields["again"].order
     assert sorted(order.tolist()) == list(range(20))
     assert (order != np.arange(20)).any()
     same = (log["again"].to_numpy() == order[log["c"].to_numpy()]).astype(float)
     assert abs(z(same, 0.8 + 0.2 / 20)) < 4
-    decile_of = world.items.rank[log["item"].to_numpy()] // 50
+    decile_of = world.tables.items.rank[log["item"].to_numpy()] // 50
     assert abs(z((log["decile"].to_numpy() == decile_of).astype(float), 0.9 + 0.1 / 10)) < 4
     assert abs(z((log["told"] != log["y"]).to_numpy().astype(float), 0.05)) < 4
 

@@ -9,7 +9,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from recsys.data import simulate_write
-from recsys.data.simulate_config import make_config
+from recsys.data.simulate_presets import make_config
 from recsys.data.simulate_world import World
 from recsys.data.simulate_write import part_name, write
 from recsys.errors import DataError
