@@ -80,6 +80,8 @@ class BilevelFit:
             raise RecipeError(f"{run.stage}: no part of the model has an architecture to search")
         if self.second_order and run.world.size > 1:
             raise RecipeError(f"{run.stage}: second_order needs a single process; set train.devices to 1")
+        if run.loss_parameters():
+            raise RecipeError(f"{run.stage}: the loss has weights of its own, which only the stage fit trains")
         run.split("valid")
         options = run.train.model_copy(update=self._changed)
         run.model.to(run.device).train()

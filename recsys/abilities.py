@@ -202,3 +202,21 @@ class Choosing(Protocol):
         `[N, m, n], [N, m, n] -> [N, m]` int64 in `[0, n)`; logits, and random numbers in (0, 1).
         """
         ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A loss that weighs rows, by inverse propensities for instance. Training watches how many rows the weights leave.
+
+    Attributes:
+        allow_low_ess: go on where the effective rows, (Σw)²/Σw², are less than 1 % of the rows; an option of the loss.
+    """
+
+    allow_low_ess: bool
+
+    def weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The weights of a batch's rows, before and after large ones are kept down, each `[B]` float32.
+
+        0 for a row without a weighted part in the loss. A pure read; asked for after the loss itself.
+        """
+        ...

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from recsys.train.run import Run
     from recsys.train.sampled import pairs
     from recsys.train.score import Predictions, measure, predict
+    from recsys.train.weights import WeightMode, make_weight
 
 __all__ = [
     "FIRST_ID",
@@ -97,6 +98,7 @@ __all__ = [
     "Table",
     "TrainBatches",
     "Vectors",
+    "WeightMode",
     "bar",
     "best",
     "build_optimizer",
@@ -115,6 +117,7 @@ __all__ = [
     "kept_columns",
     "label_bce",
     "linear",
+    "make_weight",
     "measure",
     "mix",
     "pairs",
@@ -133,6 +136,8 @@ _LAZY = {
     "EvalBatches": "recsys.data.batches",
     "Model": "recsys.nn.model",
     "Vectors": "recsys.nn.model",
+    "WeightMode": "recsys.train.weights",
+    "make_weight": "recsys.train.weights",
     "field_gradients": "recsys.train.gradients",
     "gather_rows": "recsys.train.distributed",
     "Predictions": "recsys.train.score",

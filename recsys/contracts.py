@@ -8,7 +8,7 @@ Importing this module does not import torch, so that light commands stay light.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -130,10 +130,14 @@ class Batch:
         history: group → (ids `[B, L, K]` int64 padded with `NULL_ID`, length `[B]` int64). The L here is the
             longest list of this batch, at least 1; events stand at positions `0 … length-1`, oldest first.
         label: task → `[B]` float32.
-        context: name → `[B]`; `weight`, `propensity` float32, `position`, `group`, `time` int64.
-            For losses and metrics, never features. Where rows were sampled: `positive` int64, for a sampled row the
-            index of the logged row it belongs to, -1 for a logged row; `item` int64, the id of the row's item;
-            `log_q` float32, the log-probability with which the sampler draws that item.
+        context: name → `[B]`, for losses and metrics, never features. float32: `weight`; `propensity`, the chance that
+            the row was shown; `popularity` of the item; `delay` of a conversion and `elapsed` time since the click, in
+            days. int64: `position`, `group`, `time`; `attribute`, the class of a sensitive attribute, -1 where unknown;
+            `observed`, 1 where the row was shown (or clicked, for what follows a click); `uniform`, 1 for randomised
+            traffic.
+            Where rows were sampled: `positive` int64, for a sampled row the index of the logged row it belongs to, -1
+            for a logged row; `item` int64, the id of the row's item; `log_q` float32, the log-probability with which
+            the sampler draws that item.
         share: factor that turns this batch's mean loss into its part of the optimizer step's mean when the
             step is divided over ranks and micro-batches of unequal size; 1 when it is not divided.
         negatives: m, rows that were sampled for each logged one. B is then N·(1 + m): the N logged rows, and after them
@@ -324,8 +328,14 @@ class Interaction(Protocol):
 class Loss(Protocol):
     """Logits to a loss. `kind: loss`; the factory takes `tasks: tuple[str, ...]` positionally.
 
+    A factory with a second positional parameter gets `schema: EncodedSchema` there, for a loss with a model of its own.
+    The parameters of a loss that is a `torch.nn.Module` are trained with the model in every `fit` stage, at the rate
+    and the decay of its network, and its state is part of checkpoints; `rewind` and `reset` leave it alone, and what
+    is exported has nothing of it.
+
     Attributes:
-        needs: the context columns that it reads; a recipe without them is refused.
+        needs: the context columns that it reads; a recipe without them is refused. `propensity` may come from the
+            recipe's `propensity:` block too.
     """
 
     needs: tuple[str, ...]
@@ -348,14 +358,36 @@ class Sampler(Protocol):
 
 
 class Propensity(Protocol):
-    """Exposure probabilities. `kind: propensity`; the factory takes `schema: EncodedSchema` positionally."""
+    """Exposure probabilities. `kind: propensity`; the factory takes `schema: EncodedSchema` positionally.
 
-    def fit(self, logs: pl.LazyFrame) -> None:
-        """Fit on the training split's raw rows."""
+    In practice a `torch.nn.Module` with buffers. A recipe's `propensity: {use: NAME}` is fitted once, before the first
+    stage, and fills `batch.context["propensity"]` of every batch that is read, of any split.
+    """
+
+    def fit(self, rows: Iterable[Batch]) -> None:
+        """Fit on the rows of the train split, which can be gone through again and again, in the order of the logs.
+
+        Random numbers come from torch, and are seeded.
+
+        Raises:
+            DataError: the rows cannot tell what is asked, such as a log without any exposed row.
+        """
         ...
 
     def estimate(self, batch: Batch) -> Tensor:
-        """`Batch -> [B]`, in (0, 1]."""
+        """`Batch -> [B]` float32, in (0, 1], each row for itself; on the CPU.
+
+        Raises:
+            RecsysError: nothing has been fitted.
+        """
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """What was fitted, as tensors whose shapes the schema and the options tell; saved with the run."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
+        """Take up what `state_dict` gave; `estimate` then gives the same."""
         ...
 
 

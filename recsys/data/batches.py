@@ -115,7 +115,7 @@ class TrainBatches:
             with WindowStream(self.shards.files, order) as stream:
                 for step, micro in spans:
                     low, high, _ = self.bounds(step, micro)
-                    yield self._finished(stream.batch(low, high), order, epoch, step, micro)
+                    yield self._finished(self.shards.complete(stream.batch(low, high)), order, epoch, step, micro)
             return
         for step, micro in spans:
             low, high, _ = self.bounds(step, micro)
@@ -129,13 +129,14 @@ class TrainBatches:
             return batch
         first = step * self.batch_size
         whole = batch if high - low == rows else None
-        return self.sampled.extend(
+        extended = self.sampled.extend(
             batch,
             epoch,
             low,
             np.arange(low - first, high - first),
             lambda: whole or self._gathered(order, first, first + rows),
         )
+        return self.shards.complete(extended)  # what is derived belongs to the items of the sampled rows
 
     def _gathered(self, order: Order | WindowOrder, low: int, high: int) -> Batch:
         return self.shards.gather(self.numbers(order.rows(np.arange(low, high))))

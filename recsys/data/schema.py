@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from recsys.data.noise_config import Noise, Planted, planted
 from recsys.errors import did_you_mean, listing
 
-ContextName = Literal["weight", "propensity", "position", "group", "time"]
-FLOAT_CONTEXT = ("weight", "propensity")
+ContextName = Literal[
+    "weight",
+    "propensity",
+    "popularity",
+    "delay",
+    "elapsed",
+    "position",
+    "group",
+    "time",
+    "attribute",
+    "observed",
+    "uniform",
+]
+CONTEXT: tuple[str, ...] = get_args(ContextName)
+"""Names of the context columns: what a loss or a metric may read of a row beside the label."""
+FLOAT_CONTEXT = ("weight", "propensity", "popularity", "delay", "elapsed")
 """Context columns that are float32; the others are int64."""
 Value = str | bool | int | float
 """A raw value as a recipe can write it."""
@@ -220,7 +234,7 @@ class BadRows(_Strict):
         default="error", description="a label that is null, or not 0 or 1 where no rule makes it so"
     )
     context: Literal["error", "quarantine"] = Field(
-        default="error", description="a null or impossible weight, propensity, position, time or group"
+        default="error", description="a null or impossible value of a context column, such as a propensity of 0"
     )
     events: Literal["error", "quarantine"] = Field(
         default="error", description="columns of a sequence with different numbers of events"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from torch import Tensor
 
 from recsys.contracts import Batch, EncodedSchema, Field, History
 from recsys.data.blocks import EncodedColumns
@@ -108,6 +111,20 @@ class Shards:
         self._layout = self.files.layout
         self._starts = np.cumsum([0, *(p.rows for p in parts)])
         self._pieces = [self._open_part(p) for p in parts]
+        self._derived: dict[str, Callable[[Batch], Tensor]] = {}
+
+    def deriving(self, name: str, derive: Callable[[Batch], Tensor]) -> Shards:
+        """Return the same rows with one more context column, which is worked out for each batch that is read."""
+        derived = copy.copy(self)
+        derived._derived = {**self._derived, name: derive}
+        derived.schema = replace(self.schema, context=(*self.schema.context, name))
+        return derived
+
+    def complete(self, batch: Batch) -> Batch:
+        """Return a batch that was read from `files` with the derived context columns."""
+        if not self._derived:
+            return batch
+        return replace(batch, context={**batch.context, **{n: derive(batch) for n, derive in self._derived.items()}})
 
     def _open_part(self, part: Part) -> Piece:
         records = _map(self.folder / part.records, np.dtype(np.uint8), self.in_memory)
@@ -183,10 +200,10 @@ class Shards:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows must lie in [0, {len(self)})")
         if len(self._parts) == 1:
-            return gather(self._layout, [(self._pieces[0], slice(None), rows)], len(rows))
+            return self.complete(gather(self._layout, [(self._pieces[0], slice(None), rows)], len(rows)))
         part = np.searchsorted(self._starts, rows, side="right") - 1
         taken = [(self._pieces[p], part == p, rows[part == p] - self._starts[p]) for p in np.unique(part)]
-        return gather(self._layout, taken, len(rows))
+        return self.complete(gather(self._layout, taken, len(rows)))
 
     def read(self, low: int, high: int) -> Batch:
         """Return the batch of the rows `low … high - 1`, without maps unless all is in memory.
@@ -200,7 +217,7 @@ class Shards:
         if self.in_memory:
             return self.gather(np.arange(low, high))
         piece = self.files.read(np.array([low]), np.array([high]), Space())
-        return gather(self._layout, [(piece, slice(None), np.arange(high - low))], high - low)
+        return self.complete(gather(self._layout, [(piece, slice(None), np.arange(high - low))], high - low))
 
     def labels(self, task: str) -> npt.NDArray[np.uint8]:
         """Return the labels of all rows, `[rows]` uint8."""

@@ -237,7 +237,13 @@ def labels(values: pl.Series, rule: Label) -> npt.NDArray[np.uint8]:
 
 _LIMITS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {
     "weight": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
-    "propensity": ("a number in (0, 1]", lambda x: (x > 0) & (x <= 1)),
+    "propensity": ("a number in (0, 1]", lambda x: (x >= 2.0**-126) & (x <= 1)),  # the least normal float32
+    "popularity": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
+    "delay": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
+    "elapsed": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
+    "attribute": ("a whole number ≥ -1", lambda x: (x.floor() == x) & (x >= -1) & (x < 2.0**63)),
+    "observed": ("0 or 1", lambda x: (x == 0) | (x == 1)),
+    "uniform": ("0 or 1", lambda x: (x == 0) | (x == 1)),
     "position": ("a whole number", lambda x: (x.floor() == x) & (x.abs() < 2.0**63)),
     "time": ("a whole number or a date", lambda x: (x.floor() == x) & (x.abs() < 2.0**63)),
 }
@@ -267,7 +273,7 @@ def _moment(column: str, dtype: pl.DataType) -> pl.Expr:
 
 
 def context(name: str, values: pl.Series) -> npt.NDArray[Any]:
-    """Return a context column: float32 for weight and propensity, else int64; `group` is hashed, dates are seconds."""
+    """Return a context column, float32 or int64 (`FLOAT_CONTEXT`); `group` is hashed, dates are seconds."""
     dtype = values.dtype
     if name == "group":
         return hash_series(comparable(values, kind_of(values.name, dtype))).view(np.int64)

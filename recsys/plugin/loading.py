@@ -44,6 +44,9 @@ TAKES: Mapping[Kind, str] = {
 }
 """The one positional argument that the builder hands to the factory of each kind; empty for none."""
 
+MAY_TAKE: Mapping[Kind, str] = {"loss": "schema"}
+"""A second positional argument, for factories that have a parameter for it."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -186,10 +189,11 @@ def validate(components: Any) -> tuple[Component, ...]:
 
 
 def _check_signature(component: Component) -> None:
-    takes = TAKES[component.kind]
+    takes, further = TAKES[component.kind], MAY_TAKE.get(component.kind)
     _, most = options.positional(component.factory)
-    if most != bool(takes):
+    if most != bool(takes) and not (further and most == 2):
         shape = f"({takes}, *, …)" if takes else "(*, …)"
+        shape += f" or ({takes}, {further}, *, …)" if further else ""
         raise PluginError(
             f"{component.kind} '{component.name}': the factory must be callable as {shape}: options are keyword-only, "
             f"after `*`; it takes {most} positional parameters"

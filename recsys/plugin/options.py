@@ -66,6 +66,11 @@ def positional(factory: Callable[..., Any]) -> tuple[int, int]:
     return sum(p.default is Parameter.empty for p in found), len(found)
 
 
+def accepted(factory: Callable[..., Any], offered: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return as many of the positional arguments that the builder has to offer as the factory takes."""
+    return offered[: positional(factory)[1]]
+
+
 def options_model(factory: Callable[..., Any]) -> type[pydantic.BaseModel]:
     """Build the strict model of a factory's keyword-only parameters.
 

@@ -197,7 +197,8 @@ class Registry:
         at = options.split(where)
         who = f"the {kind} '{checked.name}' of {entry.origin}"
         try:
-            part = entry.component.factory(*positional, **options.arguments(checked.options))
+            given = options.accepted(entry.component.factory, positional)
+            part = entry.component.factory(*given, **options.arguments(checked.options))
         except RecipeError as error:
             raise RecipeError(f"{where}: '{checked.name}': {error}", path=error.path or at) from error
         except RecsysError:

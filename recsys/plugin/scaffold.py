@@ -64,8 +64,8 @@ EXAMPLES: dict[Kind, _Example] = {
         block="sampling:\n  item: item\n  fields: [category, brand]\n  rows: positives\n  sampler: {use: NAME}\n",
     ),
     "propensity": _Example(
-        "No part of a recipe takes a propensity model yet: call `fit` and `estimate` from a loss or a stage of yours. "
-        "The example recipe does not use it; it is here to train with such a loss."
+        "A recipe uses it under `propensity`, for losses and metrics that need that context column.",
+        block="propensity: {use: NAME}\n",
     ),
     "metric": _Example(
         "A recipe uses it in the `metrics` of an evaluate stage.",

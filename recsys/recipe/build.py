@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import recsys
-from recsys.contracts import SAMPLED, EncodedSchema, Exporter, Items, Loss, Metric, Sampler, Source
+from recsys.contracts import SAMPLED, EncodedSchema, Exporter, Items, Loss, Metric, Propensity, Sampler, Source
 from recsys.data.encode import Encoder
 from recsys.data.prepare import Prepared, prepare
 from recsys.data.sampling import Sampling, check_sampling
@@ -36,7 +36,7 @@ from recsys.train import distributed
 from recsys.train.checkpoint import MANIFEST, read_json, replacing, sha256, write_json
 from recsys.train.distributed import World
 from recsys.train.progress import bar
-from recsys.train.run import PlantedTruth, Run, Spec, restore_model
+from recsys.train.run import PlantedTruth, Run, Spec, derive_seed, restore_model
 
 NEEDED = ("model.json", "model.safetensors", "recipe.json", "encoder/encoder.json")
 """What an exported folder must have, and list."""
@@ -135,13 +135,15 @@ def build_model(recipe: Recipe, registry: Registry, schema: EncodedSchema, seed:
 
 
 def build_loss(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Loss:
-    """Return the recipe's loss.
+    """Return the recipe's loss; its initial weights depend on the seed alone.
 
     Raises:
         RecipeError: it needs a context column that the recipe does not name.
     """
     try:
-        loss = cast(Loss, registry.make("loss", recipe.loss, schema.tasks, where="loss"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(recipe.train.seed, "loss"))
+            loss = cast(Loss, registry.make("loss", recipe.loss, schema.tasks, schema, where="loss"))
     except RecipeError as error:
         raise recipe.located(error) from error
     sampled = () if recipe.sampling is None else SAMPLED
@@ -153,14 +155,36 @@ def build_loss(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Los
                     path=("loss",),
                 )
             )
-        if need not in (*schema.context, *sampled):
+        estimated = need == "propensity" and recipe.propensity is not None
+        if need not in (*schema.context, *sampled) and not estimated:
+            other = ", or add a block `propensity:` that estimates it" if need == "propensity" else ""
             raise recipe.located(
                 RecipeError(
-                    f"loss: '{recipe.loss.name}' needs the context column '{need}'; name it under data.context",
+                    f"loss: '{recipe.loss.name}' needs the context column '{need}'; name it under data.context{other}",
                     path=("loss",),
                 )
             )
     return loss
+
+
+def build_propensity(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Propensity | None:
+    """Return the recipe's propensity model, which has not been fitted yet; None if it has none.
+
+    Raises:
+        RecipeError: it cannot be built, or the log has a propensity of its own.
+    """
+    if recipe.propensity is None:
+        return None
+    try:
+        if "propensity" in schema.context:
+            raise RecipeError(
+                f"propensity: data.context names the column of a propensity already, beside "
+                f"'{recipe.propensity.name}'; keep one",
+                path=("propensity",),
+            )
+        return cast(Propensity, registry.make("propensity", recipe.propensity, schema, where="propensity"))
+    except RecipeError as error:
+        raise recipe.located(error) from error
 
 
 def build_run(
@@ -182,11 +206,11 @@ def build_run(
     def exporter(spec: Spec) -> Exporter:
         return cast(Exporter, registry.build("exporter", spec, where="exporter"))
 
-    return Run(
+    run = Run(
         folder=folder,
         train=recipe.train,
         encoder=encoder,
-        splits=splits,
+        splits={},
         build_model=lambda seed: build_model(recipe, registry, encoder.schema, seed),
         loss=build_loss(recipe, registry, encoder.schema),
         metric=metric,
@@ -196,7 +220,10 @@ def build_run(
         console=console,
         reference=source.reference if isinstance(source, PlantedTruth) else None,
         build_sampling=build_sampling(recipe, registry, encoder.schema, splits),
+        propensity=build_propensity(recipe, registry, encoder.schema),
     )
+    run.splits = {name: run.complete(shards) for name, shards in splits.items()}
+    return run
 
 
 def build_sampling(

@@ -22,7 +22,7 @@ from recsys.recipe import reader
 from recsys.recipe.reader import Document, Key
 from recsys.train.options import TrainOptions
 
-BLOCKS = ("data", "model", "loss", "sampling", "train", "stages")
+BLOCKS = ("data", "model", "loss", "propensity", "sampling", "train", "stages")
 PARTS: Mapping[str, tuple[Kind, str]] = {
     "embedding": ("embedding", "table"),
     "selector": ("selector", "keep_all"),
@@ -80,6 +80,7 @@ class Recipe:
         train: the `train:` block.
         stages: in order.
         data_root: of a run that goes on: the folder that it was started with.
+        propensity: the model of exposure, where the recipe has one.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Recipe:
     train: TrainOptions
     stages: tuple[Checked, ...]
     data_root: Path | None = None
+    propensity: Checked | None = None
 
     def located(self, error: RecipeError) -> RecipeError:
         """Return the error with the file and line of the value that it is about."""
@@ -188,6 +190,9 @@ def _check(document: Document, registry: Registry, name: str, folder: Path) -> R
             _component(registry, "stage", spec, f"stages[{i}]")
             for i, spec in enumerate(_stages(values, registry, model, written))
         ),
+        propensity=None
+        if values.get("propensity") is None
+        else _component(registry, "propensity", values["propensity"], "propensity"),
     )
     for i, stage in enumerate(recipe.stages):
         named = stage.options.get("name")

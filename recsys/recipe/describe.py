@@ -21,7 +21,14 @@ from recsys.data.split import split_rows
 from recsys.nn.model import Model
 from recsys.plugin.options import json_schema
 from recsys.plugin.registry import Registry
-from recsys.recipe.build import build_loss, build_model, build_sampling, build_source, data_root
+from recsys.recipe.build import (
+    build_loss,
+    build_model,
+    build_propensity,
+    build_sampling,
+    build_source,
+    data_root,
+)
 from recsys.recipe.check import PARTS, HeadOptions, Recipe
 from recsys.train.options import TrainOptions
 
@@ -63,6 +70,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             },
             "loss": ref("loss"),
             "sampling": ref("block.sampling"),
+            "propensity": ref("propensity"),
             "train": ref("block.train"),
             "stages": {"type": "array", "items": ref("stage"), "minItems": 1},
         },
@@ -179,6 +187,7 @@ def dry_run(recipe: Recipe, registry: Registry, given: Path | None, rows: int) -
     schema = encoder.schema
     build_loss(recipe, registry, schema)
     build_sampling(recipe, registry, schema, {})
+    build_propensity(recipe, registry, schema)
     with torch.device("meta"):
         model = build_model(recipe, registry, schema, recipe.train.seed).eval()
         batch = _example(schema, 64)

@@ -18,6 +18,7 @@ import lightning
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 
 from recsys.abilities import Ranking
 from recsys.contracts import Source, Stage
@@ -43,6 +44,7 @@ from recsys.recipe.check import Recipe, check_document
 from recsys.train import distributed
 from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
+from recsys.train.propensity import fit_propensity
 from recsys.train.run import Run
 from recsys.train.stages import CountRows, Prune, Quantize, RankFields, check_order
 
@@ -199,6 +201,8 @@ class Session:
             source=source,
         )
         run.restore()
+        run.restore_loss()
+        fit_propensity(run, prepared.splits["train"])
         parameters = sum(p.numel() for p in run.model.parameters())
         rows = ", ".join(f"{name} {len(shards):,}" for name, shards in prepared.splits.items())
         run.say(f"{self.recipe.name}: {rows} rows · {len(run.schema.fields)} fields · {parameters:,} parameters")
@@ -213,6 +217,8 @@ class Session:
             for warning in prepared.report.warnings:
                 run.say(f"[yellow]warning: {escape(warning)}[/yellow]")
         run.model.to(run.device)
+        if isinstance(run.loss, nn.Module):
+            run.loss.to(run.device)
         run_stages(run, self.recipe, self.registry)
         return run
 

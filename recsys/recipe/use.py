@@ -25,6 +25,7 @@ from recsys.plugin.registry import Registry
 from recsys.recipe.build import build_source, data_root, load_trained
 from recsys.recipe.check import Recipe
 from recsys.train.progress import bar
+from recsys.train.propensity import load_propensity
 from recsys.train.run import PlantedTruth, Run, Scores
 from recsys.train.stages import Evaluate
 
@@ -110,7 +111,10 @@ def evaluate_run(
     run.reference = source.reference if isinstance(source, PlantedTruth) else None
     run.scores = {}
     with tempfile.TemporaryDirectory() as temporary:
-        run.splits = {name: write_shards(run.encoder, rows[name], Path(temporary) / name) for name in wanted}
+        if run.propensity is not None:
+            load_propensity(run, run.propensity)
+        written = {name: write_shards(run.encoder, rows[name], Path(temporary) / name) for name in wanted}
+        run.splits = {name: run.complete(shards) for name, shards in written.items()}
         run.folder = Path(temporary) / "run"
         run.stage = "evaluate"
         stage = _evaluate_stage(recipe, names, wanted)

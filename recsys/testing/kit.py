@@ -112,7 +112,7 @@ class Contract:
             raise ContractError(label, [("options", str(error), fix)]) from None
 
         def build(*positional: Any) -> Any:
-            return component.factory(*positional, **schema.arguments(checked))
+            return component.factory(*schema.accepted(component.factory, positional), **schema.arguments(checked))
 
         failures: list[tuple[str, str, str]] = []
         for check in self._checks(component.kind, build):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from recsys.contracts import SAMPLED, EncodedSchema, Field
+from recsys.data.schema import CONTEXT as LOGGED
 from recsys.testing import modules, samples
 from recsys.testing.kit import Check, expect
 
-CONTEXT = ("weight", "propensity", "position", "group", "time", *SAMPLED)
+CONTEXT = (*LOGGED, *SAMPLED)
 ROWS = 8
 
 
@@ -24,7 +25,7 @@ def checks(build: Callable[..., Any]) -> list[Check]:
         Check("float32_scalar", "compute on `logit.float()` and return the mean, `[]`", lambda: _scalar(build)),
         Check(
             "bce_equality",
-            "with weight 1 and propensity 1 it is the mean of binary_cross_entropy_with_logits, nothing added",
+            "with weight and propensity 1, all rows observed: the mean binary_cross_entropy_with_logits, nothing added",
             lambda: _bce(build),
         ),
         Check("gradients", "let every logit take part, and keep exponentials from overflowing", lambda: _grads(build)),
@@ -35,12 +36,17 @@ def checks(build: Callable[..., Any]) -> list[Check]:
     ]
 
 
+def schema(tasks: tuple[str, ...] = ("label",)) -> EncodedSchema:
+    """Return two fields, the tasks and every context column."""
+    return EncodedSchema((Field("f0", 5), Field("f1", 6)), (), tasks, CONTEXT)
+
+
 def sample(tasks: tuple[str, ...] = ("label",), scale: float = 2.0) -> tuple[dict[str, Tensor], Any]:
     """Return logits and a batch with every context column, weights and propensities 1.
 
     One row is sampled for each of the four logged ones, which are positive.
     """
-    of = EncodedSchema((Field("f0", 5),), (), tasks, CONTEXT)
+    of = schema(tasks)
     logits = {
         task: scale * torch.randn(ROWS, generator=samples.generator(i)).requires_grad_() for i, task in enumerate(tasks)
     }
@@ -57,7 +63,7 @@ def sample(tasks: tuple[str, ...] = ("label",), scale: float = 2.0) -> tuple[dic
 
 def _build(build: Callable[..., Any], tasks: tuple[str, ...] = ("label",)) -> Any:
     torch.manual_seed(1)
-    return build(tasks)
+    return build(tasks, schema(tasks))
 
 
 def _needs(build: Callable[..., Any]) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from recsys.data.schema import CONTEXT
 from recsys.errors import RecsysError
 from recsys.testing import samples
 from recsys.testing.kit import Check, expect
 
 ROWS = 60
-CONTEXT = ("weight", "propensity", "position", "group", "time")
 
 
 def checks(build: Callable[..., Any]) -> list[Check]:

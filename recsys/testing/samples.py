@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recsys.contracts import FIRST_ID, NUMERIC_VALUE_ID, Batch, EncodedSchema, Field, Fields, History
+from recsys.data.schema import CONTEXT
 
 DIM = 8
 """D of `fields`."""
@@ -41,7 +42,7 @@ def schema(categorical: int = 2, numeric: int = 1) -> EncodedSchema:
     columns = [Field(f"f{i}", 5 + i) for i in range(categorical)]
     columns += [Field(f"x{i}", NUMERIC_VALUE_ID + 1, numeric=True) for i in range(numeric)]
     clicks = History("clicks", (Field("click", columns[0].rows, shares="f0"),), LENGTH, ("f0",))
-    return EncodedSchema(tuple(columns), (clicks,), ("label",), ("weight", "propensity", "position", "group", "time"))
+    return EncodedSchema(tuple(columns), (clicks,), ("label",), CONTEXT)
 
 
 def batch(rows: int = 6, of: EncodedSchema | None = None, seed: int = 0) -> Batch:
@@ -60,14 +61,20 @@ def batch(rows: int = 6, of: EncodedSchema | None = None, seed: int = 0) -> Batc
 
 
 def context(rows: int) -> Mapping[str, Tensor]:
-    """Return every context column, with unit weights and propensities."""
+    """Return every context column, with unit weights and propensities, every row observed."""
     place = torch.arange(rows)
     return {
         "weight": torch.ones(rows),
         "propensity": torch.ones(rows),
+        "popularity": 1.0 / (1 + place % 4),
+        "delay": place % 3 + 0.5,
+        "elapsed": place % 3 + 1.5,
         "position": place % 3,
         "group": place % 2,
         "time": place,
+        "attribute": place % 3 - 1,
+        "observed": torch.ones(rows, dtype=torch.int64),
+        "uniform": 1 - place % 2,
     }
 
 

@@ -7,16 +7,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
+from torch import Tensor, nn
 
+from recsys.abilities import Weighing
 from recsys.contracts import Batch, Metric
-from recsys.errors import RunError
+from recsys.errors import RecipeError, RunError
 from recsys.train.checkpoint import load_checkpoint, save_checkpoint
 from recsys.train.distributed import any_rank, average_buffers, gather_rows, wait_for_all
 from recsys.train.loggers import make_logger
@@ -25,9 +26,15 @@ from recsys.train.run import Run
 from recsys.train.score import measure, predict
 from recsys.train.task import EpochBatches, Task
 from recsys.train.terminate import Termination
+from recsys.train.weights import LARGEST_Z, REFUSE, WARN, merged, weight_facts
+
+T = TypeVar("T")
 
 ASK_EVERY = 16
 """Steps after which ranks ask each other whether one of them was told to stop; alone, a process knows at once."""
+
+WEIGHTS = "weights/"
+"""What an epoch's weights of rows were like is recorded under such names, and told at the end of the stage."""
 
 UNSHOWN = ("learning_rate", "train/skipped_steps")
 """Numbers of an epoch that are recorded but not printed; skipped steps have their own lines."""
@@ -54,6 +61,7 @@ class Epochs(Callback):
     steps: int
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    best_loss: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
     best_value: float | None = None
     without_gain: int = 0
@@ -91,7 +99,9 @@ class Epochs(Callback):
         self.without_gain, self.finished = state["without_gain"], state["finished"]
         self.skipped = state.get("skipped", [])
         self.best = _with_prefix(tensors, "best.")
+        self.best_loss = _with_prefix(tensors, "best_loss.")
         self.run.model.load_state_dict(_with_prefix(tensors, "model."))
+        self.run.load_loss_state(_with_prefix(tensors, "loss."))
         self._first, self.first_step = len(self.history), state["step"]
         self._resumed = (tensors, state)
 
@@ -127,8 +137,11 @@ class Epochs(Callback):
         self.loader.first_step = self.first_step if resumes_inside else 0
         if resumes_inside and self._resumed is not None:
             self.task.loss_sum = self._resumed[0]["loss_sum"][self.run.world.rank].to(self.run.device)
+            if "weighing" in self._resumed[0]:
+                self.task.weighing = self._resumed[0]["weighing"][self.run.world.rank].to(self.run.device)
         else:
             self.task.loss_sum = torch.zeros_like(self.task.loss_sum)
+            self.task.weighing = torch.zeros_like(self.task.weighing)
 
     def on_train_batch_end(
         self,
@@ -165,11 +178,14 @@ class Epochs(Callback):
             return  # in the midst of the epoch, which is saved
         self.task.guard.settle()
         average_buffers(self.run.model)
+        if isinstance(self.run.loss, nn.Module):
+            average_buffers(self.run.loss)
         epoch = self.first + trainer.current_epoch + 1
         skipped = sum(step // self.steps == epoch - 1 for step in self.skipped)
         scores = {"train/loss": self._train_loss(skipped), "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
         if self.options.non_finite == "skip":
             scores["train/skipped_steps"] = float(skipped)
+        scores |= self._weigh(epoch)
         scores |= {f"valid/{name}": value for name, value in self._score().items()}
         self.history.append(scores)
         reached = self.run.model.reached()
@@ -191,6 +207,7 @@ class Epochs(Callback):
         """Give the model the weights of the best epoch."""
         if self.best:
             self.run.model.load_state_dict(self.best)
+            self.run.load_loss_state(self.best_loss)
 
     def _told_to_stop(self, step: int) -> bool:
         if self.run.world.size == 1:
@@ -221,6 +238,39 @@ class Epochs(Callback):
         local = (self.task.loss_sum / (len(self.loader) - skipped * self.options.accumulate)).reshape(1)
         return float(gather_rows(local).mean())
 
+    @staticmethod
+    def weight_facts(scores: Mapping[str, float]) -> dict[str, float]:
+        """What the weights of rows were like in an epoch; empty where the loss has none."""
+        return _with_prefix(scores, WEIGHTS)
+
+    def _weigh(self, epoch: int) -> dict[str, float]:
+        """What the weights of the epoch's rows were like; warns of few effective rows, and refuses very few.
+
+        Raises:
+            RecipeError: fewer than 1 % of the rows are effective, and the loss does not allow that.
+        """
+        loss = self.run.loss
+        if not isinstance(loss, Weighing):
+            return {}
+        facts = weight_facts(merged(gather_rows(self.task.weighing[None].to(self.run.device)).cpu()))
+        if (share := facts.get("ess_share", 1.0)) < WARN:
+            what = (
+                f"{self.run.stage} · epoch {epoch}: the weights leave {facts['ess']:,.1f} effective rows of "
+                f"{facts['ess'] / share:,.0f} (ESS/n {share:.4f}"
+            )
+            if share < REFUSE and not loss.allow_low_ess:
+                raise RecipeError(
+                    f"{what}, below {REFUSE}); the largest weight is {facts['max_share']:.1%} of their sum. Check the "
+                    "propensities, or set the loss's allow_low_ess: true, with a bound on the weights"
+                )
+            self.run.say(f"[yellow]warning: {what}, below {WARN}); expect a high variance[/yellow]")
+        if abs(z := facts.get("calibration_z", 0.0)) > LARGEST_Z:
+            self.run.say(
+                f"[yellow]warning: {self.run.stage} · epoch {epoch}: the propensities do not fit what was observed: "
+                f"mean(observed/propensity) is {z:.1f} standard errors away from 1[/yellow]"
+            )
+        return {f"{WEIGHTS}{name}": value for name, value in facts.items()}
+
     def _monitored(self, scores: Mapping[str, float]) -> float | None:
         names = [name for name in scores if name == f"valid/{self.options.monitor}"]
         names = names or [name for name in scores if name.endswith(f"/{self.options.monitor}")]
@@ -239,6 +289,7 @@ class Epochs(Callback):
         if better:
             self.best_epoch, self.best_value, self.without_gain = epoch, value, 0
             self.best = {name: t.detach().clone() for name, t in self.run.model.state_dict().items()}
+            self.best_loss = {name: t.detach().clone() for name, t in self.run.loss_state().items()}
         else:
             self.without_gain += 1
         return better
@@ -247,7 +298,8 @@ class Epochs(Callback):
         if self.logger is not None:
             self.logger.log_metrics(dict(scores), step=epoch)
             self.logger.save()
-        shown = "  ".join(f"{name} {value:.5f}" for name, value in scores.items() if name not in UNSHOWN)
+        plain = {name: value for name, value in scores.items() if not name.startswith((*UNSHOWN, WEIGHTS))}
+        shown = "  ".join(f"{name} {value:.5f}" for name, value in plain.items())
         self.run.say(f"{self.run.stage} · epoch {epoch}: {shown}{'  *' if better else ''}")
 
     def _save(self, optimizer: torch.optim.Optimizer, epoch: int, step: int) -> None:
@@ -255,6 +307,8 @@ class Epochs(Callback):
         self.task.guard.settle()
         tensors = {f"model.{name}": t for name, t in self.run.model.state_dict().items()}
         tensors |= {f"best.{name}": t for name, t in self.best.items()}
+        tensors |= {f"loss.{name}": t for name, t in self.run.loss_state().items()}
+        tensors |= {f"best_loss.{name}": t for name, t in self.best_loss.items()}
         state = optimizer.state_dict()
         for index, values in state["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
@@ -262,6 +316,8 @@ class Epochs(Callback):
         if self.run.device.type == "cuda":
             tensors["rng.cuda"] = gather_rows(torch.cuda.get_rng_state(self.run.device)[None].to(self.run.device)).cpu()
         tensors["loss_sum"] = gather_rows(self.task.loss_sum[None].to(self.run.device)).cpu()
+        if isinstance(self.run.loss, Weighing):
+            tensors["weighing"] = gather_rows(self.task.weighing[None].to(self.run.device)).cpu()
         facts = {
             "epoch": epoch,
             "step": step,
@@ -279,7 +335,7 @@ class Epochs(Callback):
         wait_for_all()
 
 
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 

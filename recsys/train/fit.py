@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recsys.contracts import Metric
@@ -29,6 +30,7 @@ from recsys.train.run import Run
 from recsys.train.sampled import choose_sampled
 from recsys.train.task import EpochBatches, Task
 from recsys.train.terminate import TERMINATED
+from recsys.train.weights import told
 
 
 class Fit:
@@ -88,6 +90,8 @@ class Fit:
             _train(run, options, batches, epochs)
         epochs.load_best()
         run.keep_weights()
+        if epochs.history and (facts := epochs.weight_facts(epochs.history[-1])):
+            run.say(f"{run.stage} · {told(facts)}")
         _write_history(run, epochs)
 
 
@@ -122,7 +126,7 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
     task = Task(
         run.model,
         run.loss,
-        functools.partial(_optimizer, options=options),
+        functools.partial(_optimizer, options=options, beside=run.loss_parameters()),
         _guard(run, options, batches, epochs.skipped),
         total_steps=steps * options.epochs,
         first_step=steps * first + epochs.first_step,
@@ -153,6 +157,8 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
     if epochs.terminated:
         raise SystemExit(TERMINATED)
     run.model.to(run.device)
+    if isinstance(run.loss, nn.Module):
+        run.loss.to(run.device)
     run.rows_trained += batches.rows * (len(epochs.history) - first)
     run.seconds_training += rows.seconds
 
@@ -172,9 +178,10 @@ def _guard(run: Run, options: TrainOptions, batches: TrainBatches, skipped: list
     return StepGuard(run.device, allowed, tell, stop, skipped)
 
 
-def _optimizer(model: Model, options: TrainOptions) -> torch.optim.Optimizer:
+def _optimizer(model: Model, options: TrainOptions, beside: list[nn.Parameter]) -> torch.optim.Optimizer:
+    tables, others = model.parameter_groups()
     return build_optimizer(
-        model.parameter_groups(),
+        (tables, [*others, *beside]),
         name=options.optimizer,
         lr=options.learning_rate,
         embedding_l2=options.embedding_l2,

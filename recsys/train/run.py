@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Selection, metric_name
+from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Propensity, Selection, metric_name
 from recsys.data.encode import Encoder
 from recsys.data.sampling import Sampling
 from recsys.data.shards import Shards
@@ -28,6 +29,9 @@ from recsys.train.options import TrainOptions
 
 Spec = str | Mapping[str, Any]
 """A component as a recipe writes it: its name, or `{use: NAME, **options}`."""
+
+LOSS_STATE = "loss.safetensors"
+"""Beside the weights of a stage: what the loss has learned, where it learns."""
 
 Scores = dict[str, dict[str, float]]
 """split → metric → value."""
@@ -64,6 +68,7 @@ class Run:
         splits: encoded rows of `train`, and `valid` and `test` where there are any.
         build_model: makes the recipe's model with fresh weights from a seed.
         loss: of the recipe.
+        propensity: of the recipe, where it has one; what it estimates is in the batches of every split.
         metric: makes a metric from its recipe entry (a name, or a mapping with `use`).
         exporter: the same for an exporter.
         recipe: the resolved recipe, as plain values.
@@ -89,6 +94,7 @@ class Run:
     console: Console = field(default_factory=Console)
     reference: Callable[[str], Mapping[str, float]] | None = None
     build_sampling: Callable[[int], Sampling] | None = None
+    propensity: Propensity | None = None
     stage: str = ""
     scores: Scores = field(default_factory=dict)
     rows_trained: int = 0
@@ -110,8 +116,9 @@ class Run:
 
     @property
     def schema(self) -> EncodedSchema:
-        """Inputs, tasks and context columns of the encoded rows."""
-        return self.encoder.schema
+        """Inputs, tasks and context columns of the encoded rows, a propensity that is estimated among them."""
+        schema = self.encoder.schema
+        return schema if self.propensity is None else replace(schema, context=(*schema.context, "propensity"))
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +162,7 @@ class Run:
             if need not in self.schema.context:
                 raise RecipeError(
                     f"{self.stage}: the metric '{metric_name(spec)}' needs the context column '{need}'; "
-                    f"name one under data.context, for instance `{need}: user`"
+                    f"name one under data.context, for instance `{need}: user`{_or_estimated(need)}"
                 )
         return metric
 
@@ -164,8 +171,27 @@ class Run:
         if self.world.leads:
             self.console.print(text, highlight=False, soft_wrap=True)
 
+    def complete(self, shards: Shards) -> Shards:
+        """Return encoded rows with the propensity that is estimated, where the recipe has one."""
+        return shards if self.propensity is None else shards.deriving("propensity", self.propensity.estimate)
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the loss itself, which a fit stage trains with the model."""
+        return list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
+
+    def loss_state(self) -> dict[str, torch.Tensor]:
+        """What the loss has learned or counted; empty for most."""
+        return dict(self.loss.state_dict()) if isinstance(self.loss, nn.Module) else {}
+
+    def load_loss_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take up what `loss_state` gave."""
+        if isinstance(self.loss, nn.Module):
+            self.loss.load_state_dict(state)
+
     def keep_weights(self) -> None:
-        """Save the model as it is now; stages that change it call this last."""
+        """Save the model as it is now, and the loss's state; stages that change the model call this last."""
+        if state := self.loss_state():
+            self._write_tensors(self.stage_folder / LOSS_STATE, state)
         self._write_tensors(self.stage_folder / "model.safetensors", self.model.state_dict())
         self.state["weights"] = f"{self.stage}/model.safetensors"
 
@@ -245,6 +271,21 @@ class Run:
         self.stage_seconds = self.state.get("stage_seconds", {})
         restore_model(self)
 
+    def restore_loss(self) -> None:
+        """Give the loss the state that it had after the last complete stage.
+
+        Raises:
+            RunError: the file is damaged or of another loss.
+        """
+        path = (self.folder / (self.state["weights"] or LOSS_STATE)).with_name(LOSS_STATE)
+        if not path.exists():
+            return
+        state = load_tensors(path)
+        try:
+            self.load_loss_state(state)
+        except RuntimeError as error:
+            raise RunError(f"{path}: the state does not fit the recipe's loss\n{error}") from None
+
     def _write_tensors(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         if self.world.leads:
             save_tensors(path, tensors)
@@ -259,6 +300,10 @@ def _checked_state(path: Path, found: Any, fresh: Mapping[str, Any]) -> dict[str
         if key not in found or (value is not None and not isinstance(found[key], type(value))):
             raise RunError(f"{path}: '{key}' is missing or of another kind; written by another version, or altered")
     return found
+
+
+def _or_estimated(need: str) -> str:
+    return ", or add a block `propensity:`" if need == "propensity" else ""
 
 
 def no_snapshot(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recsys.contracts import Batch, Metric
 from recsys.data.batches import EvalBatches
+from recsys.data.schema import FLOAT_CONTEXT
 from recsys.data.shards import Shards
 from recsys.errors import DataError
 from recsys.nn.model import Model
@@ -104,7 +105,7 @@ def _column_names(shards: Shards) -> list[str]:
 
 
 def _join(parts: list[Tensor], name: str, device: torch.device) -> Tensor:
-    whole_number = name in ("context.position", "context.group", "context.time")
+    whole_number = name.startswith("context.") and name.removeprefix("context.") not in FLOAT_CONTEXT
     empty = torch.empty(0, dtype=torch.int64 if whole_number else torch.float64, device=device)
     local = torch.cat(parts).to(device) if parts else empty
     if not whole_number:

@@ -9,10 +9,12 @@ import lightning
 import torch
 from torch import Tensor
 
+from recsys.abilities import Weighing
 from recsys.contracts import Batch, Loss
 from recsys.data.batches import TrainBatches
 from recsys.nn.model import Model
 from recsys.train.guard import Buffers, StepGuard
+from recsys.train.weights import SIZE, weighed
 
 
 class Task(lightning.LightningModule):
@@ -20,7 +22,7 @@ class Task(lightning.LightningModule):
 
     Args:
         model: what is trained.
-        loss: mean loss of a batch.
+        loss: mean loss of a batch; one with parameters of its own is trained too.
         optimizer: makes the optimizer of a model.
         guard: keeps steps that are not finite away from the model.
         total_steps: optimizer steps of the whole stage, for selectors that follow a schedule.
@@ -56,6 +58,7 @@ class Task(lightning.LightningModule):
         self._masks = False
         # No buffer: those are overwritten by the first rank's before every forward pass.
         self.loss_sum = self._loss_before = torch.zeros(())
+        self.weighing = self._weighing_before = torch.zeros(SIZE, dtype=torch.float64)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the stage's optimizer; a fused one reads from `guard.masked` whether to make its update."""
@@ -75,7 +78,7 @@ class Task(lightning.LightningModule):
         if batch_idx % self._accumulate == 0:
             self.guard.begin(self.step)
             self._kept.remember()
-            self._loss_before = self.loss_sum
+            self._loss_before, self._weighing_before = self.loss_sum, self.weighing
 
     def configure_gradient_clipping(
         self,
@@ -99,6 +102,8 @@ class Task(lightning.LightningModule):
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         masked = self.guard.judge(self.step, norm, self.loss_sum)
         self.loss_sum = torch.where(masked, self._loss_before, self.loss_sum)
+        if isinstance(self.loss, Weighing):
+            self.weighing = torch.where(masked, self._weighing_before, self.weighing)
         self._kept.restore_where(masked)
         self.guard.look(self.step)
         for part in self.model.stepped():
@@ -121,8 +126,11 @@ class Task(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return this batch's part of the step's mean loss, `[]`."""
         self.model.selector.anneal(self.step / self._total_steps)
-        loss = self.model.objective(self.loss, self._prepare(batch))
+        batch = self._prepare(batch)
+        loss = self.model.objective(self.loss, batch)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
+        if isinstance(self.loss, Weighing):
+            self.weighing = weighed(self.weighing.to(loss.device), *self.loss.weights(batch), batch)
         return loss * batch.share
 
 

@@ -103,6 +103,22 @@ CASES = {
         "context", WEIGHTS, pl.Float64(), {"context": {"propensity": "x"}},
         lambda r: r["x"] is None or not 0 < r["x"] <= 1, ("error", "quarantine"),
     ),
+    "context delay": (
+        "context", WEIGHTS, pl.Float64(), {"context": {"delay": "x"}},
+        lambda r: r["x"] is None or not 0 <= r["x"] < math.inf, ("error", "quarantine"),
+    ),
+    "context attribute": (
+        "context", [-1.0, 0.0, 3.0, None, -2.0, 1.5, math.nan], pl.Float64(), {"context": {"attribute": "x"}},
+        lambda r: r["x"] not in (-1, 0, 3), ("error", "quarantine"),
+    ),
+    "context observed": (
+        "context", [0, 1, None, 2, -1], pl.Int64(), {"context": {"observed": "x"}},
+        lambda r: r["x"] not in (0, 1), ("error", "quarantine"),
+    ),
+    "context uniform": (
+        "context", [True, False, None], pl.Boolean(), {"context": {"uniform": "x"}},
+        lambda r: r["x"] is None, ("error", "quarantine"),
+    ),
     "context position": (
         "context", [1.0, None, 1.5, math.nan, math.inf, -3.0, 2.0**63, -(2.0**63)], pl.Float64(),
         {"context": {"position": "x"}},

@@ -54,11 +54,8 @@ def test_each_kind_keeps_its_contract_and_has_a_valid_recipe(kind: Any, registry
         *(spec["use"] for stage in recipe.stages for spec in stage.options.get("exporters", ())),
     }
     used |= set() if recipe.sampling is None else {recipe.sampling.sampler.name}
-    if kind == "propensity":  # which the README admits
-        assert "my_thing" not in used
-        assert "No part of a recipe takes a propensity model yet" in (folder / "README.md").read_text()
-    else:
-        assert "my_thing" in used
+    used |= set() if recipe.propensity is None else {recipe.propensity.name}
+    assert "my_thing" in used
 
 
 @pytest.mark.parametrize(
@@ -67,6 +64,7 @@ def test_each_kind_keeps_its_contract_and_has_a_valid_recipe(kind: Any, registry
         ("selector", ["2-prune/selection.safetensors", "export/model.safetensors"]),
         ("exporter", ["export/my_thing/weights.safetensors", "export/my_thing/weights.json"]),
         ("stage", ["metrics.json"]),
+        ("propensity", ["propensity.safetensors"]),
     ],
 )
 def test_the_example_recipe_trains(

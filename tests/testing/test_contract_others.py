@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recsys.api import DataError, EncodedSchema
+from recsys.api import Batch, DataError, EncodedSchema
 from recsys.testing import contract
 
 Caught = Callable[[Any, Any, set[str]], None]
@@ -51,40 +51,72 @@ class AnySplit(Three):
         return super().scan("train")
 
 
-class Position:
-    """Sound: 1 / (1 + position)."""
+class Position(nn.Module):
+    """Sound: 1 / (1 + scale · position)."""
+
+    scale: Tensor
 
     def __init__(self, schema: EncodedSchema) -> None:
-        self.scale: float | None = None
+        super().__init__()
+        self.register_buffer("scale", torch.full((), -1.0))
 
-    def fit(self, logs: pl.LazyFrame) -> None:
-        self.scale = float(logs.select(pl.len()).collect().item() > 0)
+    def fit(self, rows: Iterable[Batch]) -> None:
+        shown = torch.stack([batch.context["observed"].sum() for batch in rows]).sum()
+        self.scale.copy_(shown / 40)
 
-    def estimate(self, batch: Any) -> Tensor:
-        if self.scale is None:
+    def estimate(self, batch: Batch) -> Tensor:
+        if self.scale < 0:
             raise DataError("not fitted")
         return 1 / (1 + self.scale * batch.context["position"].float())
 
 
 class AboveOne(Position):
-    def estimate(self, batch: Any) -> Tensor:
+    def estimate(self, batch: Batch) -> Tensor:
         return super().estimate(batch) * 1.5
 
 
 class BatchNormalised(Position):
-    def estimate(self, batch: Any) -> Tensor:
+    def estimate(self, batch: Batch) -> Tensor:
         p = super().estimate(batch)
         return p / p.sum()
 
 
 class Noisy(Position):
-    def fit(self, logs: pl.LazyFrame) -> None:
-        self.scale = random.random()
+    def fit(self, rows: Iterable[Batch]) -> None:
+        self.scale.fill_(random.random())
+
+
+class LastBatch(Position):
+    def fit(self, rows: Iterable[Batch]) -> None:
+        for batch in rows:
+            self.scale.copy_(batch.context["observed"].sum() / 40)
+
+
+class SeenIdsOnly(Position):
+    """A table of the ids that occur: the rest has no place in it."""
+
+    def fit(self, rows: Iterable[Batch]) -> None:
+        self.seen = torch.unique(torch.cat([batch.ids[:, 0] for batch in rows]))
+        super().fit(rows)
+
+    def estimate(self, batch: Batch) -> Tensor:
+        p = super().estimate(batch)
+        table = torch.linspace(0.1, 1, len(self.seen))
+        return p * table[batch.ids[:, 0]]
+
+
+class Forgetful(Position):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {}
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        self.scale.fill_(1.0)
 
 
 class UnfittedGuess(Position):
     def __init__(self, schema: EncodedSchema) -> None:
-        self.scale = 1.0
+        super().__init__(schema)
+        self.scale.fill_(1.0)
 
 
 class Nothing:
@@ -150,6 +182,9 @@ FAULTS: list[tuple[Any, Any, set[str]]] = [
     ("propensity", AboveOne, {"range"}),
     ("propensity", BatchNormalised, {"rows_independent"}),
     ("propensity", Noisy, {"repeatable"}),
+    ("propensity", LastBatch, {"any_batches"}),
+    ("propensity", SeenIdsOnly, {"unseen", "saved"}),
+    ("propensity", Forgetful, {"saved"}),
     ("propensity", UnfittedGuess, {"needs_fit"}),
     ("stage", one_for_all, {"builds"}),
     ("stage", NoArgument, {"run"}),
