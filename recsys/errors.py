@@ -36,6 +36,34 @@ class RunError(RecsysError):
     """A run folder that is missing, incomplete or does not fit what is asked of it."""
 
 
+class BundleError(RecsysError):
+    """A bundle that is damaged, altered, unsafe or of another version, or gives other answers than its golden ones."""
+
+
+class RequestError(RecsysError):
+    """Rows to be scored that the model cannot read; the text begins with the address.
+
+    Args:
+        problem: what is wrong and what would be right.
+        row: number of the row, from 1; None when the error is about all of them.
+        column: the column, where one is to blame.
+    """
+
+    def __init__(self, problem: str, *, row: int | None = None, column: str | None = None) -> None:
+        address = [] if row is None else [f"row {row}"]
+        address += [] if column is None else [f"column {column!r}"]
+        super().__init__(f"{', '.join(address)}: {problem}" if address else problem)
+        self.problem = problem
+        self.row = row
+        self.column = column
+
+    def after(self, rows: int) -> RequestError:
+        """Return the same error for rows that have so many others before them."""
+        if self.row is None or not rows:
+            return self
+        return RequestError(self.problem, row=self.row + rows, column=self.column)
+
+
 class NonFiniteError(RecsysError):
     """A loss or gradient that is NaN or infinite; training stopped before it could reach the weights."""
 

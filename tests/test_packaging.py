@@ -79,7 +79,10 @@ def test_constraints_pin_every_direct_dependency_inside_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {canonicalize_name((r := Requirement(line)).name): r.specifier for line in lines if line and line[0] != "#"}
     extras = PROJECT["optional-dependencies"]
-    needed = [*PROJECT["dependencies"], *(text for name in ("train", "test", "dev") for text in extras[name])]
+    needed = [
+        *PROJECT["dependencies"],
+        *(text for name in ("train", "export", "serve", "test", "dev") for text in extras[name]),
+    ]
     for requirement in map(Requirement, needed):
         name = canonicalize_name(requirement.name)
         if name == "recsys":

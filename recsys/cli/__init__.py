@@ -20,6 +20,7 @@ from recsys.cli import (
     show,
     simulate,
     train,
+    verify,
 )
 from recsys.errors import RecsysError
 
@@ -41,6 +42,7 @@ app.command("evaluate", help=evaluate.command.__doc__)(evaluate.command)
 app.command("bench", help=bench.command.__doc__)(bench.command)
 app.command("explain", help=explain.command.__doc__)(explain.command)
 app.command("predict", help=predict.command.__doc__)(predict.command)
+app.command("verify", help=verify.command.__doc__)(verify.command)
 app.command("list", help=list.command.__doc__)(list.command)
 app.command("show", help=show.command.__doc__)(show.command)
 app.command("plugins", help=plugins.command.__doc__)(plugins.command)

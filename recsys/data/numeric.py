@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from recsys.contracts import FIRST_ID, NULL_ID
 from recsys.data.hashing import mix_array
+from recsys.data.limits import LARGEST
 from recsys.data.schema import Numeric
 from recsys.data.values import Floats
 
-_LARGEST = float(np.finfo(np.float32).max)
 SAMPLE_ROWS = 1 << 18
 """Quantiles are exact up to this many present values, and those of a fixed random sample above."""
 
@@ -42,7 +42,7 @@ class NumericSpec:
     def values(self, x: Floats) -> npt.NDArray[np.float32]:
         """Return the scaled numbers, `[n]` float32, NaN where missing."""
         y = signed_log(x) if self.transform == "log" else x
-        return np.clip((y - self.mean) / self.scale, -_LARGEST, _LARGEST).astype(np.float32)
+        return np.clip((y - self.mean) / self.scale, -LARGEST, LARGEST).astype(np.float32)
 
     def bucket_ids(self, x: Floats) -> npt.NDArray[np.int64]:
         """Return the bucket ids of a quantile field, `[n]`, `NULL_ID` where missing."""

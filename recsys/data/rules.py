@@ -9,11 +9,11 @@ from typing import Literal, get_args
 import polars as pl
 
 from recsys.data.blocks import as_lists, event_type, is_list
+from recsys.data.limits import LARGEST
 from recsys.data.quarantine import BAD_ROWS, ROW, Quarantine, address
 from recsys.data.reading import RawBlock
 from recsys.data.schema import BadRows, Categorical, DataConfig, Label, SequenceGroup, Value
 from recsys.data.values import (
-    LARGEST,
     context_limit,
     is_one_of,
     is_readable_number,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from recsys.data.hashing import hash_series
+from recsys.data.limits import EXACT, EXACT_DOUBLE, LARGEST, WHITE_SPACE
 from recsys.data.schema import FLOAT_CONTEXT, Categorical, Label, Normal, Value
 from recsys.errors import DataError
 
@@ -22,15 +23,7 @@ _TEXTS = (pl.String, pl.Boolean, pl.Null, pl.Date, pl.Datetime, pl.Time)
 """Types compared as text; a date with time as that of UTC, to the microsecond."""
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-_EXACT = {"Float16": 2.0**11, "Float32": 2.0**24}
 _WIDE = ("Int128", "UInt128")
-_WHITE_SPACE = (
-    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000"
-)
-"""The characters with the Unicode property White_Space."""
-LARGEST = float(np.finfo(np.float32).max)
-"""What float32 cannot hold would be infinite as soon as it reaches the model."""
 
 
 def kind_of(column: str, dtype: pl.DataType) -> Kind:
@@ -53,7 +46,7 @@ def largest_exact(dtype: pl.DataType) -> float:
 
     The next power of two is what 16,777,217 becomes as float32, so it is not taken for the id that it may not be.
     """
-    return _EXACT.get(str(dtype), 2.0**53) - 1
+    return EXACT.get(str(dtype), EXACT_DOUBLE) - 1
 
 
 def is_wide(dtype: pl.DataType) -> bool:
@@ -126,7 +119,7 @@ def normalized(values: pl.Series, steps: Sequence[Normal]) -> pl.Series:
         if step == "nfc":
             values = values.str.normalize("NFC")
         elif step == "strip":
-            values = values.str.strip_chars(_WHITE_SPACE)
+            values = values.str.strip_chars(WHITE_SPACE)
         else:
             values = values.str.to_lowercase()
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from recsys.data.samplers import InBatch, Popularity, Uniform
 from recsys.data.simulate import Simulated
 from recsys.data.sources import Files
+from recsys.deploy.export import Export
 from recsys.nn.fixed import Fixed
 from recsys.nn.interaction import FM, MLP, CrossNet
 from recsys.nn.selection import KeepAll
@@ -14,7 +15,7 @@ from recsys.plugin.hooks import Component, hookimpl
 from recsys.train.losses import BCE
 from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
 from recsys.train.ranking_metrics import MAP, MRR, NDCG, Hit, Precision, Recall
-from recsys.train.stages import CountRows, Evaluate, Export, Fit, Prune, Quantize, RankFields, Reset, Rewind
+from recsys.train.stages import CountRows, Evaluate, Fit, Prune, Quantize, RankFields, Reset, Rewind
 
 
 @hookimpl

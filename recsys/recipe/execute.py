@@ -25,6 +25,7 @@ from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
 from recsys.data.prepare import Prepared
+from recsys.deploy.export import Export
 from recsys.errors import RecipeError, RecsysError, RunError, listing
 from recsys.nn.fixed import Fixed
 from recsys.nn.selection import KeepAll
@@ -276,7 +277,7 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
     for index, checked in enumerate(recipe.stages, 1):
         stage = registry.get("stage", checked.name).component.factory(**arguments(checked.options))
         stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
-    check_order(stages)
+    check_order([named for named in stages if not isinstance(named[1], Export)])
     pruned = any(isinstance(stage, Prune) for _, stage in stages)
     if pruned and not run.state["selections"]:
         try:

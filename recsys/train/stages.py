@@ -1,24 +1,20 @@
-"""The stages that every recipe can use besides `fit`: rewind, reset, prune, evaluate, export; `count_rows` is apart."""
+"""The stages that every recipe can use besides `fit`: rewind, reset, prune, quantize, evaluate; others are apart."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from rich.table import Table as TextTable
 
 from recsys.abilities import Lasting
 from recsys.contracts import Named, Stage, metric_name
 from recsys.errors import RecipeError, did_you_mean, listing
-from recsys.nn.layout import Layout
 from recsys.nn.model import Model
-from recsys.nn.reorder import Orders, renumbered
-from recsys.nn.selection import is_everything, is_nothing, save_selection
-from recsys.train.checkpoint import read_json, replacing, save_tensors, sha256, write_json
+from recsys.nn.selection import is_everything, is_nothing
+from recsys.train.checkpoint import read_json, write_json
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
 from recsys.train.rank import SCORES, RankFields
@@ -29,7 +25,6 @@ from recsys.train.speed import first_rows, milliseconds
 __all__ = [
     "CountRows",
     "Evaluate",
-    "Export",
     "Fit",
     "Prune",
     "Quantize",
@@ -216,63 +211,8 @@ class Evaluate:
             predictions = predict(run.model, shards, run.train.eval_batch_size, run.world, run.device)
             run.scores.setdefault(name, {}).update(measure(predictions, metrics))
         if run.world.leads:
-            write_json(run.stage_folder / "metrics.json", {name: _plain(run.scores[name]) for name in names})
+            write_json(run.stage_folder / "metrics.json", {name: plain(run.scores[name]) for name in names})
             run.console.print(_table(run, names))
-
-
-class Export:
-    """Write the trained model with all that is needed to use it: weights, encoder, schema, recipe, hashes.
-
-    Where rows were pruned, the values of each vocabulary are numbered anew, those kept first: what is exported needs
-    no map from ids to rows, and gives the same scores for the same raw values. Hashed fields keep their map.
-
-    Args:
-        exporters: further formats to write, each into its own folder: names of exporters, or `{use: NAME, …}`.
-    """
-
-    name = "export"
-
-    def __init__(self, *, exporters: tuple[Annotated[str | dict[str, Any], Named("exporter")], ...] = ()) -> None:
-        self.exporters = exporters
-
-    def run(self, run: Run) -> None:
-        """Write the folder `export` of the run."""
-        if not run.world.leads:
-            return
-        final = run.folder / "export"
-        with replacing(final) as folder:
-            folder.mkdir()
-            self._write(run, folder)
-        run.say(f"{run.stage}: {final}")
-
-    def _write(self, run: Run, folder: Path) -> None:
-        encoder, model = run.encoder, run.model
-        example = run.split("train").gather(np.arange(min(8, len(run.split("train")))))
-        orders = _orders(run)
-        moved = None if orders is None else model.reordered(orders)
-        # Where few ids are gone, zeros for the missing and the unknown value may take more than a map.
-        if orders is None or moved is None or moved[0].bytes() >= model.bytes():
-            for index, name in enumerate(run.state["selections"]):
-                (folder / f"selection-{index}.safetensors").write_bytes((run.folder / name).read_bytes())
-        else:
-            layout, names = Layout.of(run.schema), encoder.vocabularies()
-            new = {names[o]: order.numpy() for o, order in zip(layout.owners, orders, strict=True) if order is not None}
-            encoder, example = encoder.reordered(new), renumbered(example, layout, orders)
-            model, selection = moved
-            save_selection(selection, folder / "selection-0.safetensors")
-            run.say(f"{run.stage}: kept values first: {run.model.bytes():,} → {model.bytes():,} bytes")
-        encoder.save(folder / "encoder")
-        save_tensors(folder / "model.safetensors", model.state_dict())
-        write_json(folder / "recipe.json", run.recipe)
-        selections = sorted((p.name for p in folder.glob("selection-*")), key=lambda name: (len(name), name))
-        shape = {"selections": selections, "scale": run.state["scale"], "stored": run.state["stored"]}
-        write_json(folder / "model.json", shape)
-        write_json(folder / "metrics.json", {split: _plain(scores) for split, scores in run.scores.items()})
-        for spec in self.exporters:
-            (folder / spec_name(spec)).mkdir(parents=True, exist_ok=True)
-            run.exporter(spec).export(model, example.to(run.device), folder / spec_name(spec))
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-        write_json(folder / "manifest.json", {str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 def selector_scores(run: Run) -> dict[str, float]:
@@ -280,16 +220,6 @@ def selector_scores(run: Run) -> dict[str, float]:
     kept = [run.folder / name for name in run.state["selections"]]
     written = [path.with_name(SCORES) for path in kept if path.with_name(SCORES).exists()]
     return dict(read_json(written[-1])) if written else run.model.scores()
-
-
-def _orders(run: Run) -> Orders | None:
-    """The order of ids that the model wants, of the vocabularies that can be numbered anew; None if none shall be."""
-    orders, known = run.model.row_order(), run.encoder.vocabularies()
-    if orders is None:
-        return None
-    owners = Layout.of(run.schema).owners
-    free = tuple(order if owner in known else None for owner, order in zip(owners, orders, strict=True))
-    return free if any(order is not None for order in free) else None
 
 
 def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
@@ -321,7 +251,7 @@ def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
                 raise RecipeError(f"{label}: {stage.name} after {undone}; put it before")
             if isinstance(stage, Rewind) and stage.to not in kept and not other:
                 raise RecipeError(f"{label}: {no_snapshot(stage.to, kept)}")
-        elif not isinstance(stage, CountRows | Evaluate | Export | RankFields):
+        elif not isinstance(stage, CountRows | Evaluate | RankFields):
             other = True  # a plugin's stage may keep snapshots of any name
 
 
@@ -332,7 +262,7 @@ def _load_all_but_decisions(model: Model, weights: Mapping[str, Any]) -> None:
     model.load_state_dict({**weights, **own})
 
 
-def _plain(scores: Mapping[str, float]) -> dict[str, float | None]:
+def plain(scores: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no NaN; an undefined metric is null."""
     return {name: None if math.isnan(value) else value for name, value in scores.items()}
 

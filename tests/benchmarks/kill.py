@@ -36,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import safetensors.torch
 
 from recsys import cli
+from recsys.deploy import export
 from recsys.recipe import execute
 from recsys.train import checkpoint, epochs, fit, run, stages
 
@@ -62,7 +63,7 @@ PHASES: tuple[tuple[str, Any, str], ...] = (
     ("rewind", stages.Rewind, "run"),
     ("prune", stages.Prune, "run"),
     ("evaluate", stages.Evaluate, "run"),
-    ("export", stages.Export, "run"),
+    ("export", export.Export, "run"),
     ("stage done", run.Run, "stage_done"),
     ("report", execute.Session, "_report"),
 )

@@ -1,0 +1,1 @@
+"""From a trained model to scores elsewhere: the bundle, what reads it without torch, and what writes it."""
