@@ -18,7 +18,7 @@ from recsys.train.checkpoint import read_json, write_json
 from recsys.train.counts import CountRows
 from recsys.train.fit import Fit
 from recsys.train.rank import SCORES, RankFields
-from recsys.train.run import Run, no_snapshot, spec_name
+from recsys.train.run import Run, no_snapshot
 from recsys.train.score import measure, predict
 from recsys.train.speed import first_rows, milliseconds
 
