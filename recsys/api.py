@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from recsys.nn.precision import full_precision
     from recsys.nn.quantize import QuantizedTable, Stored, quantized
     from recsys.nn.ranked import Best, RankedFields, Ranking, best, chosen, how_many, passing
+    from recsys.nn.second import second_model
     from recsys.nn.sparse import compact
     from recsys.nn.table import Table, pruned_table
     from recsys.train.distributed import gather_rows
@@ -129,6 +130,7 @@ __all__ = [
     "quantized",
     "require_room",
     "scale",
+    "second_model",
     "widen",
 ]
 
@@ -187,6 +189,7 @@ _LAZY = {
     "quantized": "recsys.nn.quantize",
     "require_room": "recsys.nn.budget",
     "scale": "recsys.nn.layout",
+    "second_model": "recsys.nn.second",
     "widen": "recsys.nn.kept",
 }
 """Names whose modules import torch or polars: imported when they are first asked for."""

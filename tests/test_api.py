@@ -80,6 +80,7 @@ NAMES = [
     "quantized",
     "require_room",
     "scale",
+    "second_model",
     "widen",
 ]
 

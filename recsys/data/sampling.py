@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from recsys.abilities import Choosing
-from recsys.contracts import Batch, EncodedSchema, Items, Sampler
+from recsys.contracts import SAMPLED, Batch, EncodedSchema, Items, Sampler
 from recsys.data.hashing import mix, mix_array
 from recsys.data.items import Catalogue, read_catalogue
+from recsys.data.popularity import SlotPopularity, read_popularity
 from recsys.data.shards import Shards
 from recsys.errors import RecipeError, did_you_mean, listing
 
@@ -55,6 +56,17 @@ class SamplingOptions(BaseModel):
     rows: Literal["all", "positives"] = Field(
         default="all", description="logged rows that are trained on: all, or only those with a label of 1"
     )
+    popularity_slots: int = Field(
+        default=0,
+        ge=0,
+        description="fill the context column `popularity` with the item's share of the clicks of the row's time slot, "
+        "from 0 to 1, so many slots of equal length; 0 does not",
+    )
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """The context columns that batches get."""
+        return (*SAMPLED, *(("popularity",) if self.popularity_slots else ()))
 
 
 def check_sampling(options: SamplingOptions, schema: EncodedSchema) -> None:
@@ -80,6 +92,11 @@ def check_sampling(options: SamplingOptions, schema: EncodedSchema) -> None:
             )
     if options.user in (options.item, *options.fields):
         raise RecipeError(f"sampling.user: '{options.user}' belongs to the item", path=("sampling", "user"))
+    if options.popularity_slots and "popularity" in schema.context:
+        raise RecipeError(
+            "sampling.popularity_slots: the data has a context column `popularity` already; leave one of them out",
+            path=("sampling", "popularity_slots"),
+        )
     if options.positives != "ignore" and options.user is None:
         raise RecipeError(
             f"sampling.positives: '{options.positives}' needs to know the user; name its field as sampling.user",
@@ -132,12 +149,14 @@ class Sampling:
         options: of the recipe.
         catalogue: the items, and who likes which.
         sampler: draws their numbers.
+        popularity: of the items over time, where it is asked for.
         seed: of the stage.
     """
 
     options: SamplingOptions
     catalogue: Catalogue
     sampler: Sampler
+    popularity: SlotPopularity | None = None
     seed: int = 0
 
     @classmethod
@@ -147,7 +166,9 @@ class Sampling:
         catalogue = read_catalogue(
             shards, options.item, options.fields, options.user, positives_only=options.rows == "positives"
         )
-        return cls(options, catalogue, make(catalogue.items))
+        slots = options.popularity_slots
+        popularity = read_popularity(shards, catalogue, slots) if slots else None
+        return cls(options, catalogue, make(catalogue.items), popularity)
 
     @property
     def rows(self) -> Numbers | None:
@@ -225,6 +246,8 @@ class Sampling:
             "item": ids.contiguous(),
             "log_q": torch.from_numpy(np.where(every >= 0, self._log_q[every], -np.inf)).float(),
         }
+        if self.popularity is not None:
+            marks["popularity"] = self.popularity.of(both.context["time"], every)
         return replace(both, context={**both.context, **marks}, negatives=count)
 
     @cached_property

@@ -146,7 +146,7 @@ def build_loss(recipe: Recipe, registry: Registry, schema: EncodedSchema) -> Los
             loss = cast(Loss, registry.make("loss", recipe.loss, schema.tasks, schema, where="loss"))
     except RecipeError as error:
         raise recipe.located(error) from error
-    sampled = () if recipe.sampling is None else SAMPLED
+    sampled = () if recipe.sampling is None else recipe.sampling.options.context
     for need in loss.needs:
         if need in SAMPLED and not sampled:
             raise recipe.located(

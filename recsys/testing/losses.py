@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recsys.contracts import SAMPLED, EncodedSchema, Field
+from recsys.contracts import FIRST_ID, SAMPLED, EncodedSchema, Field
 from recsys.data.schema import CONTEXT as LOGGED
 from recsys.testing import modules, samples
 from recsys.testing.kit import Check, expect
@@ -55,8 +55,8 @@ def sample(tasks: tuple[str, ...] = ("label",), scale: float = 2.0) -> tuple[dic
     batch = samples.batch(ROWS, of)
     half = ROWS // 2
     row = torch.arange(ROWS)
-    item = batch.ids[:, 0]
-    marks = {"positive": torch.where(row < half, -1, row - half), "item": item, "log_q": -1.0 - item.float()}
+    item = FIRST_ID + row  # nobody meets itself
+    marks = {"positive": torch.where(row < half, -1, row - half), "item": item, "log_q": -0.5 * item.float()}
     label = {task: (row < half).float() for task in tasks}
     return logits, replace(batch, label=label, context={**batch.context, **marks}, negatives=1)
 

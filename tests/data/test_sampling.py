@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis.strategies import DataObject
 
 from recsys.contracts import FIRST_ID, Batch, Items
 from recsys.data.batches import TrainBatches
+from recsys.data.popularity import read_popularity
 from recsys.data.prepare import prepare
 from recsys.data.samplers import InBatch, Popularity, Uniform
 from recsys.data.sampling import Sampling, SamplingOptions
@@ -46,6 +48,7 @@ def logs() -> pl.DataFrame:
             "past": ["|".join(f"i{k}" for k in range(n % 4)) for n in range(ROWS)],
             "y": (random.random(ROWS) < 0.4).astype(np.int64),
             "position": rows % 4,
+            "ts": 1000 + rows * 10,
         }
     )
 
@@ -62,7 +65,7 @@ def shards(logs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Shar
             "multi_valued": ["tags"],
             "numeric": {"price": {"transform": "raw"}},
             "sequences": {"clicks": {"columns": {"item": "past"}}},
-            "context": {"position": "position"},
+            "context": {"position": "position", "time": "ts"},
         }
     )
     source = Files(DataRoot((folder,)), train="train.parquet")
@@ -72,7 +75,7 @@ def shards(logs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Shar
 def sampling(shards: Shards, make: Any = Uniform, seed: int = 5, **options: Any) -> Sampling:
     chosen = {"item": "item", "fields": ("colour", "tags", "price"), "user": "user", **options}
     made = Sampling.of(shards, SamplingOptions(**chosen), make)
-    return Sampling(made.options, made.catalogue, made.sampler, seed)
+    return replace(made, seed=seed)
 
 
 def plain(batch: Batch, n: int, schema: Any) -> dict[str, Any]:
@@ -177,6 +180,31 @@ def test_windows_change_the_order_but_not_what_is_added(shards: Shards) -> None:
         n = len(batch) // 3
         inside = set(batch.context["item"][:n].tolist())
         assert set(batch.context["item"][n:].tolist()) <= inside  # nothing from other steps
+
+
+def test_popularity_is_that_of_the_item_in_the_time_slot_of_the_row(shards: Shards) -> None:
+    slots, logged = 3, all_rows(shards)
+    whole = shards.read(0, len(shards))
+    time = whole.context["time"].tolist()
+    first, last = min(time), max(time)
+    items = sorted({row["item"] for row in logged if row["item"] >= FIRST_ID})
+
+    def slot(t: int) -> int:
+        return (t - first) * slots // (last - first + 1)
+
+    n = Counter((slot(t), row["item"]) for t, row in zip(time, logged, strict=True) if row["y"])
+    share = {(s, i): (n[s, i] + 1) / (sum(n[s, k] for k in items) + len(items)) for s in range(slots) for i in items}
+    seen = 0
+    for batch in TrainBatches(shards, 100, 1, sampled=sampling(shards, popularity_slots=slots)).epoch(0):
+        given = [batch.context[name].tolist() for name in ("popularity", "time", "item")]
+        for m, t, item in zip(*given, strict=True):
+            in_slot = [share[slot(t), i] for i in items]
+            wanted = (share[slot(t), item] - min(in_slot)) / (max(in_slot) - min(in_slot)) if item in items else 0.0
+            assert m == pytest.approx(wanted, abs=1e-6)
+            seen += 0 < m < 1
+    assert seen > 500
+    with pytest.raises(RecipeError, match="need the context column `time`"):
+        read_popularity(Shards(shards.folder, replace(shards.schema, context=()), (), True), None, 2)  # type: ignore[arg-type]
 
 
 def test_in_batch_never_draws_the_row_itself() -> None:

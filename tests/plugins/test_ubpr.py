@@ -1,0 +1,135 @@
+"""UBPR on exposure draws of a world with known truth: unbiased, where what is nearly them is not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs_world import ITEMS, USERS, pairs_world
+from torch import nn
+
+from recsys.contracts import Batch
+from recsys.testing import contract
+from recsys_ubpr import UBPR
+
+REPETITIONS, PAIRS = 200, 15_000
+
+
+def batch(y, theta, item, negatives, ids=None):
+    rows = len(y)
+    context = {"propensity": theta, "item": item}
+    ids = torch.zeros(rows, 1).long() if ids is None else ids
+    return Batch(ids, label={"label": y}, context=context, negatives=negatives)
+
+
+def random_batch(logged, negatives, seed):
+    random = torch.Generator().manual_seed(seed)
+    rows = logged * (1 + negatives)
+    y = torch.randint(0, 2, (rows,), generator=random).double()
+    theta = 0.05 + 0.95 * torch.rand(rows, generator=random).double()
+    item = torch.randint(2, 6, (rows,), generator=random)
+    x = torch.randn(rows, generator=random).double().mul(2).requires_grad_()
+    return x, batch(y, theta, item, negatives)
+
+
+@pytest.mark.parametrize(("beta", "floor"), [(None, 0.0), (0.005, 0.0), (0.0, 0.2), (0.3, 0.5)])
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_ubpr_and_its_gradient_are_those_of_the_loops(beta, floor, logged, negatives, seed):
+    x, given_rows = random_batch(logged, negatives, seed)
+    theta = given_rows.context["propensity"].requires_grad_()
+    loss = UBPR(("label",), beta=beta, floor=floor)({"label": x}, given_rows)
+    (slope,) = torch.autograd.grad(loss, x) if loss.requires_grad else (torch.zeros_like(x),)
+    z, y = x.tolist(), given_rows.label["label"].tolist()
+    t = [max(v, floor) for v in theta.tolist()]
+    item = given_rows.context["item"].tolist()
+    total, gradient = 0.0, [0.0] * len(z)
+    for i in range(logged):
+        for k in range(negatives):
+            j = logged + i * negatives + k
+            if item[i] == item[j]:
+                continue
+            w = y[i] / t[i] * (1 - y[j] / t[j])
+            pair = w * math.log1p(math.exp(z[j] - z[i]))
+            if beta is not None and pair < -beta:
+                total -= beta
+                continue
+            total += pair
+            d = w / (1 + math.exp(z[i] - z[j]))
+            gradient[i] -= d
+            gradient[j] += d
+    pairs = logged * negatives
+    assert float(loss.detach()) == pytest.approx(total / pairs, rel=1e-9, abs=1e-12)
+    assert slope.tolist() == pytest.approx([g / pairs for g in gradient], rel=1e-9, abs=1e-12)
+    assert theta.grad is None
+
+
+@pytest.fixture(scope="module")
+def world():
+    return pairs_world()
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    """Pairs of two items of a user."""
+    random = np.random.default_rng(5)
+    u = random.integers(0, USERS, PAIRS)
+    i = random.integers(0, ITEMS, PAIRS)
+    return u, i, (i + random.integers(1, ITEMS, PAIRS)) % ITEMS
+
+
+def draws_of(world, chosen, losses):
+    """Every loss over the repetitions of exposure and relevance, `[losses, repetitions]`, and what they should be."""
+    u, i, j = chosen
+
+    def both(value):
+        return torch.from_numpy(np.concatenate([value[u, i], value[u, j]]))
+
+    x, theta = both(world.x), both(world.theta)
+    item = torch.from_numpy(np.concatenate([i, j])) + 2
+    users, items = np.concatenate([u, u]), np.concatenate([i, j])
+    found = []
+    for r in range(REPETITIONS):
+        y = torch.from_numpy(world.labels(r, users, items)).double()
+        found.append([float(loss({"label": x}, batch(y, theta, item, 1))) for loss in losses])
+    pair = np.logaddexp(0.0, world.x[u, j] - world.x[u, i])
+    return np.array(found).T, float((world.gamma[u, i] * (1 - world.gamma[u, j]) * pair).mean())
+
+
+def off(sample, ideal):
+    """How far the mean is from the ideal, in standard errors."""
+    return (sample.mean() - ideal) / (sample.std(ddof=1) / math.sqrt(len(sample)))
+
+
+def test_ubpr_is_unbiased_and_its_fakes_are_not(world, chosen):
+    def plain(logits, rows):
+        y = rows.label["label"]
+        pair = nn.functional.softplus(logits["label"][PAIRS:] - logits["label"][:PAIRS])
+        return (y[:PAIRS] * (1 - y[PAIRS:]) * pair).mean()
+
+    def clicked_only(logits, rows):  # propensity of the positive, every other item a negative
+        y, theta = rows.label["label"], rows.context["propensity"]
+        pair = nn.functional.softplus(logits["label"][PAIRS:] - logits["label"][:PAIRS])
+        return (y[:PAIRS] / theta[:PAIRS] * pair).mean()
+
+    losses = [UBPR(("label",), beta=None), UBPR(("label",), beta=0.0), plain, clicked_only]
+    (ubpr, clamped, bpr, ips), ideal = draws_of(world, chosen, losses)
+    assert abs(off(ubpr, ideal)) < 4
+    assert off(clamped, ideal) > 10
+    assert abs(off(bpr, ideal)) > 10
+    assert off(ips, ideal) > 10
+
+
+def test_an_item_against_itself_is_left_out():
+    x = torch.tensor([1.0, 2.0, 1.0, 3.0]).double()
+    y, theta = torch.ones(4).double(), torch.full((4,), 0.25).double()
+    same = batch(y, theta, torch.tensor([4, 5, 4, 5]), 1)
+    assert float(UBPR(("label",), beta=None)({"label": x}, same)) == 0.0
+    other = batch(y, theta, torch.tensor([4, 5, 5, 5]), 1)
+    assert float(UBPR(("label",), beta=None)({"label": x}, other)) == pytest.approx(4 * (1 - 4) * math.log(2) / 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": None, "floor": 0.1}])
+def test_contract_ubpr(options):
+    contract.without("bce_equality")("loss", UBPR, **options)
