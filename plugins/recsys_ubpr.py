@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from recsys.api import Batch, Component, hookimpl, pairs
+from recsys.api import Batch, Component, EncodedSchema, hookimpl, pairs, second_model
 
 
 def _float(x: Tensor) -> Tensor:
@@ -55,7 +55,61 @@ class UBPR(nn.Module):
         return torch.stack(losses).mean()
 
 
+class UPL(nn.Module):
+    """Unbiased pairwise ranking with weights that are never negative, from an estimate of relevance of its own.
+
+    loss = (1/P) Σ_{i,j} (Y_i/θ_i)·(1 − Y_j)·(1 − ĝ_j)/(1 − θ_j ĝ_j)·softplus(−(x_i − x_j))
+           + (1/P) Σ_j [softplus(x'_j) − (Y_j/θ_j) x'_j],  ĝ = σ(x'), averaged over the tasks
+
+    i are the logged rows, j the rows sampled for them, P = N·m; (1 − ĝ_j)/(1 − θ_j ĝ_j) is the probability that an item
+    without a click is irrelevant. x' is a second model of this loss: a factorisation machine on all fields, taught by
+    the second term alone, which ĝ in the weights does not change. Unbiased where ĝ is right. Sample as for `ubpr`;
+    pairs of an item with itself have Y_i = Y_j = 1 and weigh nothing.
+
+    Ren et al., "Unbiased pairwise learning from implicit feedback for recommender systems without biased variance
+    control", SIGIR 2023; the second term is that of Rel-MF (Saito et al., WSDM 2020).
+
+    Args:
+        dim: width of the second model's embedding.
+        floor: least propensity; smaller ones count as this.
+        limit: largest |x'| in the second term, which has no least value where Y/θ > 1; there it gives no gradient.
+    """
+
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        schema: EncodedSchema,
+        *,
+        dim: int = 16,
+        floor: float = 0.0,
+        limit: float = 15.0,
+    ) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.floor = floor
+        self.limit = limit
+        self.head = second_model(schema, dim)
+        self.needs: tuple[str, ...] = ("positive", "propensity")
+
+    def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """`{task: [B]}, Batch -> []`, float32 also under autocast."""
+        pointwise = self.head(batch)
+        losses = []
+        for task in self.tasks:
+            x_i, x_j = pairs(_float(logits[task]), batch)  # [N], [N, m]
+            _, head = pairs(pointwise[task].to(x_i.dtype), batch)
+            theta_i, theta_j = pairs(batch.context["propensity"].detach().to(x_i.dtype).clamp_min(self.floor), batch)
+            y_i, y_j = pairs(batch.label[task].to(x_i.dtype), batch)
+            relevant = head.detach().sigmoid()
+            weight = (y_i / theta_i)[:, None] * (1.0 - y_j) * (1.0 - relevant) / (1.0 - theta_j * relevant + 1e-5)
+            ranking = weight * nn.functional.softplus(x_j - x_i[:, None])
+            bounded = head.clamp(-self.limit, self.limit)
+            teaching = nn.functional.softplus(bounded) - y_j / theta_j * bounded
+            losses.append(ranking.mean() + teaching.mean())
+        return torch.stack(losses).mean()
+
+
 @hookimpl
 def recsys_components() -> list[Component]:
-    """Return the loss."""
-    return [Component("loss", "ubpr", UBPR)]
+    """Return the losses."""
+    return [Component("loss", "ubpr", UBPR), Component("loss", "upl", UPL)]

@@ -37,8 +37,8 @@ def checks(build: Callable[..., Any]) -> list[Check]:
 
 
 def schema(tasks: tuple[str, ...] = ("label",)) -> EncodedSchema:
-    """Return two fields, the tasks and every context column."""
-    return EncodedSchema((Field("f0", 5), Field("f1", 6)), (), tasks, CONTEXT)
+    """Return two fields, of which the second tells items apart, the tasks and every context column."""
+    return EncodedSchema((Field("f0", 5), Field("f1", FIRST_ID + ROWS)), (), tasks, CONTEXT)
 
 
 def sample(tasks: tuple[str, ...] = ("label",), scale: float = 2.0) -> tuple[dict[str, Tensor], Any]:
@@ -58,7 +58,8 @@ def sample(tasks: tuple[str, ...] = ("label",), scale: float = 2.0) -> tuple[dic
     item = FIRST_ID + row  # nobody meets itself
     marks = {"positive": torch.where(row < half, -1, row - half), "item": item, "log_q": -0.5 * item.float()}
     label = {task: (row < half).float() for task in tasks}
-    return logits, replace(batch, label=label, context={**batch.context, **marks}, negatives=1)
+    ids = torch.stack([batch.ids[:, 0], item], 1)
+    return logits, replace(batch, ids=ids, label=label, context={**batch.context, **marks}, negatives=1)
 
 
 def _build(build: Callable[..., Any], tasks: tuple[str, ...] = ("label",)) -> Any:

@@ -1,4 +1,4 @@
-"""UBPR on exposure draws of a world with known truth: unbiased, where what is nearly them is not."""
+"""UBPR and UPL on exposure draws of a world with known truth: unbiased, where what is nearly them is not."""
 
 import math
 
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from pairs_world import ITEMS, USERS, pairs_world
 from torch import nn
 
-from recsys.contracts import Batch
+from recsys.contracts import Batch, EncodedSchema, Field
 from recsys.testing import contract
-from recsys_ubpr import UBPR
+from recsys_ubpr import UBPR, UPL
 
 REPETITIONS, PAIRS = 200, 15_000
+SCHEMA = EncodedSchema((Field("user", 5), Field("item", 7)), (), ("label",), ("propensity",))
 
 
 def batch(y, theta, item, negatives, ids=None):
@@ -102,7 +103,33 @@ def off(sample, ideal):
     return (sample.mean() - ideal) / (sample.std(ddof=1) / math.sqrt(len(sample)))
 
 
-def test_ubpr_is_unbiased_and_its_fakes_are_not(world, chosen):
+class Known(nn.Module):
+    """Gives the second model's logits."""
+
+    def __init__(self, logit):
+        super().__init__()
+        self.logit = logit
+
+    def forward(self, rows):
+        return {"label": self.logit}
+
+
+def known_upl(gamma):
+    """The ranking term alone, with an estimate of relevance that is given."""
+    loss = UPL(("label",), SCHEMA)
+    loss.head = Known(torch.log(gamma / (1 - gamma)))
+
+    def ranking(logits, rows):
+        head, ratio = loss.head.logit[PAIRS:], (rows.label["label"] / rows.context["propensity"])[PAIRS:]
+        return loss(logits, rows) - (nn.functional.softplus(head) - ratio * head).mean()
+
+    return ranking
+
+
+def test_ubpr_and_upl_are_unbiased_and_their_fakes_are_not(world, chosen):
+    u, i, j = chosen
+    gamma = torch.from_numpy(np.concatenate([world.gamma[u, i], world.gamma[u, j]]))
+
     def plain(logits, rows):
         y = rows.label["label"]
         pair = nn.functional.softplus(logits["label"][PAIRS:] - logits["label"][:PAIRS])
@@ -113,12 +140,20 @@ def test_ubpr_is_unbiased_and_its_fakes_are_not(world, chosen):
         pair = nn.functional.softplus(logits["label"][PAIRS:] - logits["label"][:PAIRS])
         return (y[:PAIRS] / theta[:PAIRS] * pair).mean()
 
-    losses = [UBPR(("label",), beta=None), UBPR(("label",), beta=0.0), plain, clicked_only]
-    (ubpr, clamped, bpr, ips), ideal = draws_of(world, chosen, losses)
+    losses = [UBPR(("label",), beta=None), known_upl(gamma), UBPR(("label",), beta=0.0), plain, clicked_only]
+    (ubpr, upl, clamped, bpr, ips), ideal = draws_of(world, chosen, losses)
     assert abs(off(ubpr, ideal)) < 4
+    assert abs(off(upl, ideal)) < 4
     assert off(clamped, ideal) > 10
     assert abs(off(bpr, ideal)) > 10
     assert off(ips, ideal) > 10
+    assert upl.std() < 0.5 * ubpr.std()
+
+
+def test_upl_with_a_wrong_estimate_is_biased(world, chosen):
+    half = torch.full((2 * PAIRS,), 0.05).double()
+    (wrong,), ideal = draws_of(world, chosen, [known_upl(half)])
+    assert abs(off(wrong, ideal)) > 10
 
 
 def test_an_item_against_itself_is_left_out():
@@ -128,6 +163,30 @@ def test_an_item_against_itself_is_left_out():
     assert float(UBPR(("label",), beta=None)({"label": x}, same)) == 0.0
     other = batch(y, theta, torch.tensor([4, 5, 5, 5]), 1)
     assert float(UBPR(("label",), beta=None)({"label": x}, other)) == pytest.approx(4 * (1 - 4) * math.log(2) / 2)
+
+
+def test_the_ranking_term_of_upl_does_not_move_its_estimate_and_the_other_way_round():
+    torch.manual_seed(0)
+    loss = UPL(("label",), SCHEMA, dim=3).double()
+    y = torch.tensor([1.0, 1.0, 0.0, 1.0]).double()
+    ids = torch.tensor([[2, 2], [3, 3], [2, 4], [3, 5]])
+    rows = batch(y, torch.full((4,), 0.4).double(), ids[:, 1], 1, ids)
+    x = torch.randn(4).double().requires_grad_()
+    loss({"label": x}, rows).backward()
+    first = [p.grad.clone() for p in loss.head.parameters()]
+    head = loss.head(rows)["label"].detach()
+    loss.zero_grad()
+    loss({"label": 3.0 * x.detach() - 1.0}, rows).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(first, loss.head.parameters(), strict=True))
+    # And what it learns by is σ(x') − Y/θ of the sampled rows.
+    bias = loss.head.head.bias.grad
+    wanted = (head.sigmoid() - y / 0.4)[2:].mean()
+    assert float(bias) == pytest.approx(float(wanted), rel=1e-6)
+    g, weight = head.sigmoid()[2:], []
+    for k in range(2):
+        weight.append(float(y[k]) / 0.4 * (1 - float(y[2 + k])) * (1 - float(g[k])) / (1 - 0.4 * float(g[k]) + 1e-5))
+    d = [-weight[k] / (1 + math.exp(float(x.detach()[k] - x.detach()[2 + k]))) / 2 for k in range(2)]
+    assert x.grad.tolist() == pytest.approx([*d, *(-v for v in d)], rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": None, "floor": 0.1}])
