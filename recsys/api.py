@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from recsys.train.guard import Buffers
     from recsys.train.losses import label_bce
     from recsys.train.progress import bar
+    from recsys.train.ranks import Discount, Ranks, discounts, rank_rows
     from recsys.train.run import Run
     from recsys.train.sampled import pairs
     from recsys.train.score import Predictions, measure, predict
@@ -70,6 +71,7 @@ __all__ = [
     "Component",
     "DataError",
     "DataRoot",
+    "Discount",
     "Draws",
     "Dropout",
     "EncodedSchema",
@@ -90,6 +92,7 @@ __all__ = [
     "Rank",
     "RankedFields",
     "Ranking",
+    "Ranks",
     "RecipeError",
     "RecsysError",
     "Run",
@@ -106,6 +109,7 @@ __all__ = [
     "chosen",
     "column_groups",
     "compact",
+    "discounts",
     "entmax",
     "field_gradients",
     "full_precision",
@@ -128,6 +132,7 @@ __all__ = [
     "pruned_bytes",
     "pruned_table",
     "quantized",
+    "rank_rows",
     "require_room",
     "scale",
     "second_model",
@@ -156,6 +161,10 @@ _LAZY = {
     "OwnAdam": "recsys.nn.own_adam",
     "Rank": "recsys.nn.kept",
     "Best": "recsys.nn.ranked",
+    "Discount": "recsys.train.ranks",
+    "Ranks": "recsys.train.ranks",
+    "discounts": "recsys.train.ranks",
+    "rank_rows": "recsys.train.ranks",
     "RankedFields": "recsys.nn.ranked",
     "Ranking": "recsys.nn.ranked",
     "best": "recsys.nn.ranked",

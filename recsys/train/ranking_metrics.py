@@ -14,16 +14,9 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from recsys.train.metrics import Rows, mean, refuse, undefined
-from recsys.train.ranks import Ranks, rank
+from recsys.train.ranks import Discount, Ranks, discounts, rank_rows
 
-Discount = Literal["rank_plus_one", "rank"]
 Empty = Literal["skip", "zero"]
-
-
-def discounts(place: Tensor, discount: Discount, k: int | None) -> Tensor:
-    """What a gain at each place (from 0) counts, `[N] int64 -> [N] float64`; nothing from place k on."""
-    rank_ = (place + (2 if discount == "rank_plus_one" else 1)).clamp(min=2).double()
-    return torch.where(place < (k or torch.iinfo(torch.int64).max), 1 / torch.log2(rank_), 0.0)
 
 
 class _Grouped(Rows):
@@ -45,7 +38,7 @@ class _Grouped(Rows):
         """The ranks of all rows, and the positives of each tie and of each group, float64."""
         logit, label = self._rows()
         group = dim_zero_cat(self.group) if len(self.group) else torch.zeros(0, dtype=torch.int64)
-        ranks = rank(logit, group)
+        ranks = rank_rows(logit, group)
         positive = ranks.per_tie(label)
         total = positive.new_zeros(ranks.groups).index_add_(0, ranks.owner, positive)
         return ranks, positive.double(), total.double()
@@ -96,7 +89,7 @@ class NDCG(_Grouped):
         if self.gain == "exponential":
             gain = torch.exp2(gain) - 1
         group = dim_zero_cat(self.group)
-        got, best = (self._dcg(rank(by, group, gain), gain) for by in (logit, gain))
+        got, best = (self._dcg(rank_rows(by, group, gain), gain) for by in (logit, gain))
         return _mean_over(got / torch.where(best > 0, best, 1.0), best, self.empty)
 
     def _graded(self) -> tuple[Tensor, Tensor]:

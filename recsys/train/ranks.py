@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Discount = Literal["rank_plus_one", "rank"]
+"""1/log2(rank + 1), or 1/log2(rank) and 1 for the first."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Ranks:
         return x.new_zeros(self.groups).index_add_(0, self.group, x)
 
 
-def rank(score: Tensor, group: Tensor, *also: Tensor) -> Ranks:
+def rank_rows(score: Tensor, group: Tensor, *also: Tensor) -> Ranks:
     """Sort rows by group, then by falling score, `[N], [N] int64`.
 
     Args:
@@ -79,3 +83,9 @@ def rank(score: Tensor, group: Tensor, *also: Tensor) -> Ranks:
     start = size.cumsum(0) - size  # [ties], among all rows
     group_start = new_group.nonzero().flatten()
     return Ranks(order, member, tie, start - group_start[owner], size, owner)
+
+
+def discounts(place: Tensor, discount: Discount, k: int | None) -> Tensor:
+    """What a gain at each place (from 0) counts, `[N] int64 -> [N] float64`; nothing from place k on."""
+    rank_ = (place + (2 if discount == "rank_plus_one" else 1)).clamp(min=2).double()
+    return torch.where(place < (k or torch.iinfo(torch.int64).max), 1 / torch.log2(rank_), 0.0)
