@@ -21,6 +21,10 @@ def command(
         list[str] | None,
         typer.Option("--metric", metavar="NAME", help="By default those of the recipe; can be repeated."),
     ] = None,
+    intervals: Annotated[
+        float | None,
+        typer.Option("--intervals", metavar="SHARE", min=0, max=1, help="Bounds that hold this share, such as 0.95."),
+    ] = None,
     data_root: DataRootOption = None,
     plugin: PluginFiles = None,
     without: Without = None,
@@ -29,6 +33,7 @@ def command(
     """Measure a trained run on its recipe's splits, every row once.
 
     `recsys evaluate runs/mine --split test --metric auc --metric ece`; `recsys list metric` names them all.
+    With `--intervals 0.95` each score has bounds, from rows drawn again by group, or one by one without groups.
     """
     registry = open_registry(plugin, without)
     from recsys.recipe.use import evaluate_run, plain_scores
@@ -38,6 +43,7 @@ def command(
         registry,
         splits=split or (),
         metrics=metric or (),
+        intervals=intervals,
         data_root_given=data_root,
         console=make_console(stderr=as_json),
     )

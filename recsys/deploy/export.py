@@ -18,8 +18,8 @@ from recsys.nn.model import Model
 from recsys.nn.reorder import Orders, renumbered
 from recsys.nn.selection import save_selection
 from recsys.train.checkpoint import read_json, replacing, save_tensors, sha256, write_json
+from recsys.train.evaluate import plain
 from recsys.train.run import Run, spec_name
-from recsys.train.stages import plain
 
 BUNDLE = "bundle"
 """The bundle's folder in a run."""

@@ -47,7 +47,7 @@ from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.propensity import fit_propensity
 from recsys.train.run import Run
-from recsys.train.stages import CountRows, Prune, Quantize, RankFields, check_order
+from recsys.train.stages import CountRows, Evaluate, Prune, Quantize, RankFields, check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -310,11 +310,15 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
 
 
 def _check_stages_of_parts(run: Run, stages: Sequence[tuple[str, Stage]]) -> None:
-    """Refuse a recipe that lacks a stage which a part of the model needs.
+    """Refuse a recipe that lacks a stage which a part of the model needs, or columns that are to be measured.
 
     Raises:
-        RecipeError: nobody counts rows or ranks fields.
+        RecipeError: nobody counts rows or ranks fields; or a column is missing.
     """
+    for label, stage in stages:
+        if isinstance(stage, Evaluate) and label not in run.state["stages"]:
+            run.stage = label
+            stage.check(run)
     kinds = [type(stage) for _, stage in stages]
     needing = [part for part in run.model.counting() if part.needs_counts]
     if needing and CountRows not in kinds:

@@ -91,10 +91,20 @@ def evaluate_run(
     *,
     splits: Sequence[str] = (),
     metrics: Sequence[str] = (),
+    intervals: float | None = None,
     data_root_given: Path | None = None,
     console: Console,
 ) -> tuple[Run, Scores]:
     """Measure a trained run again, with its own encoder, on the splits as the data is now.
+
+    Args:
+        folder: of the run.
+        registry: of the installed plugins.
+        splits: by default validation and test.
+        metrics: by default those of the recipe.
+        intervals: share that bounds of the scores are to hold; by default what the recipe says.
+        data_root_given: where relative paths of data are looked for first.
+        console: shows the scores.
 
     Raises:
         RecipeError: no such split or metric.
@@ -110,14 +120,15 @@ def evaluate_run(
     run.model.to(run.device)
     run.reference = source.reference if isinstance(source, PlantedTruth) else None
     run.scores = {}
+    stage = _evaluate_stage(recipe, names, wanted, intervals)
+    read = dict.fromkeys([*wanted, "train"] if stage.counts_train else wanted)
     with tempfile.TemporaryDirectory() as temporary:
         if run.propensity is not None:
             load_propensity(run, run.propensity)
-        written = {name: write_shards(run.encoder, rows[name], Path(temporary) / name) for name in wanted}
+        written = {name: write_shards(run.encoder, rows[name], Path(temporary) / name) for name in read}
         run.splits = {name: run.complete(shards) for name, shards in written.items()}
         run.folder = Path(temporary) / "run"
         run.stage = "evaluate"
-        stage = _evaluate_stage(recipe, names, wanted)
         stage.run(run)
     return run, run.scores
 
@@ -140,10 +151,13 @@ def _named_metrics(recipe: Recipe, registry: Registry, names: Sequence[str]) -> 
     return [own.get(name, name) for name in names]
 
 
-def _evaluate_stage(recipe: Recipe, metrics: Sequence[Any], splits: Sequence[str]) -> Evaluate:
+def _evaluate_stage(recipe: Recipe, metrics: Sequence[Any], splits: Sequence[str], intervals: float | None) -> Evaluate:
+    """The recipe's own stage, or the default one, with what was asked for in its place."""
     own = next((c.options for c in recipe.stages if c.name == Evaluate.name), {})
-    chosen = tuple(metrics) or tuple(own.get("metrics", ("auc", "logloss")))
-    return Evaluate(metrics=chosen, splits=tuple(splits))  # type: ignore[arg-type]
+    chosen = {**own, "splits": tuple(splits) or None}
+    chosen |= {"metrics": tuple(metrics)} if metrics else {}
+    chosen |= {"intervals": intervals} if intervals is not None else {}
+    return Evaluate(**chosen)
 
 
 def _scores(run: Run, shards: Shards) -> dict[str, Any]:

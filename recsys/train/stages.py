@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
-
-from rich.table import Table as TextTable
+from typing import Any, Literal
 
 from recsys.abilities import Lasting
-from recsys.contracts import Named, Stage, metric_name
+from recsys.contracts import Stage
 from recsys.errors import RecipeError, did_you_mean, listing
 from recsys.nn.model import Model
 from recsys.nn.selection import is_everything, is_nothing
 from recsys.train.checkpoint import read_json, write_json
 from recsys.train.counts import CountRows
+from recsys.train.evaluate import Evaluate
 from recsys.train.fit import Fit
 from recsys.train.rank import SCORES, RankFields
 from recsys.train.run import Run, no_snapshot
-from recsys.train.score import measure, predict
 from recsys.train.speed import first_rows, milliseconds
 
 __all__ = [
@@ -174,47 +171,6 @@ class Quantize:
         run.say(f"{run.stage}: {before:,} → {after:,} bytes")
 
 
-class Evaluate:
-    """Score every row of the splits once and measure.
-
-    Args:
-        metrics: names of metrics, or `{use: NAME, …}` with options; `ndcg@5` is short for `{use: ndcg, k: 5}`, and is
-            what it is called in results. Any can be given another `name`.
-        splits: names of splits; by default validation and test, as far as there are any.
-
-    Raises:
-        RecipeError: two metrics have one name.
-    """
-
-    name = "evaluate"
-
-    def __init__(
-        self,
-        *,
-        metrics: tuple[Annotated[str | dict[str, Any], Named("metric")], ...] = ("auc", "logloss"),
-        splits: tuple[Literal["train", "valid", "test"], ...] | None = None,
-    ) -> None:
-        self.metrics = metrics
-        self.splits = splits
-        names = [metric_name(spec) for spec in metrics]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise RecipeError(f"evaluate: two metrics are called '{twice[0]}'; give one of them another `name`")
-
-    def run(self, run: Run) -> None:
-        """Fill `run.scores`."""
-        metrics = {metric_name(spec): run.measuring(spec) for spec in self.metrics}
-        names = self.splits or tuple(name for name in ("valid", "test") if name in run.splits)
-        if not names:
-            raise RecipeError(f"{run.stage}: the data has neither a valid nor a test split; give `splits: [train]`")
-        for name in names:
-            shards = run.split(name)
-            predictions = predict(run.model, shards, run.train.eval_batch_size, run.world, run.device)
-            run.scores.setdefault(name, {}).update(measure(predictions, metrics))
-        if run.world.leads:
-            write_json(run.stage_folder / "metrics.json", {name: plain(run.scores[name]) for name in names})
-            run.console.print(_table(run, names))
-
-
 def selector_scores(run: Run) -> dict[str, float]:
     """What the selector says of each field, or said before it was pruned away; empty if there was none."""
     kept = [run.folder / name for name in run.state["selections"]]
@@ -260,29 +216,3 @@ def _load_all_but_decisions(model: Model, weights: Mapping[str, Any]) -> None:
     if isinstance(model.embedding, Lasting):
         own |= {f"embedding.{name}": t for name, t in model.embedding.decision().items()}
     model.load_state_dict({**weights, **own})
-
-
-def plain(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN; an undefined metric is null."""
-    return {name: None if math.isnan(value) else value for name, value in scores.items()}
-
-
-def _table(run: Run, names: tuple[str, ...]) -> TextTable:
-    best = {name: run.reference(name) if run.reference else {} for name in names}
-    columns = list(dict.fromkeys(metric for name in names for metric in run.scores[name]))
-    table = TextTable(title=run.stage, title_justify="left")
-    table.add_column("split")
-    table.add_column("rows", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right")
-        if any(column in known for known in best.values()):
-            table.add_column(f"best possible {column}", justify="right")
-    for name in names:
-        cells = [name, f"{len(run.splits[name]):,}"]
-        for column in columns:
-            value = run.scores[name][column]
-            cells.append("undefined" if math.isnan(value) else f"{value:.5f}")
-            if any(column in known for known in best.values()):
-                cells.append(f"{best[name][column]:.5f}" if column in best[name] else "–")
-        table.add_row(*cells)
-    return table

@@ -69,5 +69,6 @@ def test_mistakes_are_told_before_training(recsys, tmp_path, metrics, told):
 def test_without_groups_the_remedy_is_told(recsys, tmp_path):
     with pytest.raises(SystemExit, match=r"'ndcg@5' needs the context column 'group'; name one under data.context"):
         recsys("train", "quickstart", *SMALL[:3], "stages.1.metrics=[ndcg@5]", "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "1-fit").exists()
     with pytest.raises(SystemExit, match=r"train.monitor: 'ndcg@5' needs the context column 'group'"):
         recsys("train", "quickstart", *SMALL[:3], "train.monitor=ndcg@5", "--out", tmp_path / "run2")
