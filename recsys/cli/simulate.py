@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recsys.errors import DataError
+
+if TYPE_CHECKING:
+    from recsys.data.simulate_world import World
 
 
 def command(
@@ -43,6 +46,19 @@ def command(
             help="Write uniform/ too; by default in every world whose log is not what users think of items.",
         ),
     ] = None,
+    values: Annotated[
+        bool, typer.Option("--values", help="Print what each field is worth, and what it seems to be worth in the log.")
+    ] = False,
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write nothing: compare this file's row_id and score with the truth in --out, row by row.",
+        ),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(metavar="ROWS", help="Rows that --score is about: uniform or log.")
+    ] = "uniform",
     total: Annotated[int | None, typer.Option(min=1, help="Rows of the whole log, with --rows A:B.")] = None,
 ) -> None:
     """Write a click log with planted structure to Parquet, and the truth about each row beside it.
@@ -72,9 +88,18 @@ def command(
     `sim/uniform/` holds rows on which everything was shown, examined, judged, recorded rightly and waited for:
     test on these what was trained on the log. Nothing but a scorer should read `sim/truth/`.
 
+    `--values` tells which fields a selector should keep. Predictions of any model are compared with the truth, free of
+    the noise that labels have:
+
+    recsys predict runs/mine --data 'sim/uniform/*.parquet' --out scores.parquet --keep row_id
+    recsys simulate --score scores.parquet --out sim
+
     Rows are a function of seed and row number: `--rows 0:500000 --total 1000000` and `--rows 500000:1000000
     --total 1000000`, run side by side, write the very rows that one run would.
     """
+    if score is not None:
+        _compare(score, out, against)
+        return
     start, stop = parse_rows(rows, total)
     import time
 
@@ -113,7 +138,39 @@ def command(
     print(f"rate of y          {written.click_rate:.4f}")
     print(f"best possible AUC  {written.best_auc:.4f}")
     print(f"speed              {drawn / seconds:,.0f} rows/s")
+    if values:
+        _print_values(world)
     print(f"next               recsys schema infer '{out / 'log' / '*.parquet'}'")
+
+
+def _compare(predictions: Path, simulated: Path, against: str) -> None:
+    """Print how far predictions are from the truth."""
+    from recsys.data.simulate_score import score_file
+
+    found = score_file(predictions, simulated, against)
+    print(f"rows               {found.rows:,} of {simulated / against}")
+    print(f"excess log loss    {found.excess:.5f}   (nats above the least possible; 0 is the truth)")
+    print(f"expected AUC       {found.auc:.4f}")
+    print(f"best possible AUC  {found.best_auc:.4f}")
+
+
+def _print_values(world: World) -> None:
+    """Print what the fields of a world are worth, in thousandths of a nat."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from recsys.data.simulate_value import field_values
+
+    found = field_values(world)
+    table = Table(
+        title="thousandths of a nat of log loss: lost without the field, in all segments and in each; told by it alone",
+        title_justify="left",
+    )
+    for name in found.columns:
+        table.add_column(name, justify="left" if name in ("field", "kind") else "right")
+    for row in found.rows():
+        table.add_row(*(f"{1000 * cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console().print(table)
 
 
 def parse_rows(rows: str, total: int | None) -> tuple[int, int]:

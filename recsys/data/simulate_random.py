@@ -66,8 +66,8 @@ class Stream(IntEnum):
     ITEM = 611
     OLD_SCORE = 613
     RANDOMISED = 614
-    VALUE = 615  # of a field that is drawn again to tell what it is worth
     CONVERSION_EFFECT = 800  # + field, up to 979
+    VALUE = 1000  # + field, up to 1179; of a field that is drawn again to tell what it is worth
 
 
 class Region(IntEnum):

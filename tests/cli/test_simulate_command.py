@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 import typer
@@ -79,6 +80,27 @@ def test_an_unknown_world_is_answered_with_the_nearest(call, tmp_path):
     assert isinstance(result.exception, RecipeError)
     assert "Did you mean 'mnar'" in str(result.exception)
     assert not (tmp_path / "sim").exists()
+
+
+def test_predictions_and_fields_are_told_against_the_truth(call, tmp_path):
+    """Catches a comparison with the log's own rows, and values in another unit."""
+    done = call("--preset", "mnar", "--rows", 20_000, "--users", 300, "--items", 100, "--out", tmp_path, "--values")
+    assert done.exit_code == 0, done.output
+    assert "2,000 rows" in done.output
+    worth = {c[0]: c for c in (re.findall(r"[\w.-]+", line) for line in done.output.splitlines()) if len(c) == 9}
+    assert worth["proxy"][1:3] == ["proxy", "0.00"]
+    assert float(worth["proxy"][8]) > 5 * float(worth["proxy"][7])
+    assert float(worth["item_0"][2]) > 1.0
+    truth = pl.read_parquet(tmp_path / "uniform_truth" / "*.parquet")
+    truth.select("row_id", score=pl.lit(0.5)).write_parquet(tmp_path / "scores.parquet")
+    done = call("--score", tmp_path / "scores.parquet", "--out", tmp_path)
+    told = dict(re.findall(r"^(.+?)  +([\d.,]+)", done.output, flags=re.MULTILINE))
+    gamma = truth["gamma"].to_numpy()
+    expected = (gamma * np.log(2 * gamma) + (1 - gamma) * np.log(2 - 2 * gamma)).mean()
+    assert float(told["excess log loss"]) == pytest.approx(expected, abs=1e-5)
+    assert told["expected AUC"] == "0.5000"
+    done = call("--score", tmp_path / "scores.parquet", "--out", tmp_path, "--against", "unifrom")
+    assert "Did you mean 'uniform'" in str(done.exception)
 
 
 def test_it_needs_no_torch(tmp_path):
