@@ -175,6 +175,28 @@ class Scaling(Protocol):
 
 
 @runtime_checkable
+class Listwise(Protocol):
+    """A loss that compares the rows of a group with each other, such as those of a slate.
+
+    A fit stage then makes batches of whole groups, whose rows stand side by side; `batch_size` rows on the average.
+
+    Attributes:
+        compares_groups: whether it does; the context column `group` is to be among its `needs`.
+    """
+
+    compares_groups: bool
+
+
+@runtime_checkable
+class Examining(Protocol):
+    """A loss, or a propensity model, that learns how likely a look at each position is. The stage `positions` tells."""
+
+    def examination(self) -> Tensor:
+        """`[K]`, by position, as a multiple of one of them; a pure read."""
+        ...
+
+
+@runtime_checkable
 class Ranking(Protocol):
     """A selector that ranks the fields in a stage of its own, `rank_fields`, not while the model is trained."""
 

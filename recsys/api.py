@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from recsys.nn.budget import keep_most, keep_within, pruned_bytes, require_room
     from recsys.nn.dropout import Dropout
     from recsys.nn.entmax import entmax
+    from recsys.nn.head import first_order, full
     from recsys.nn.kept import Keep, Rank, kept_columns, places, widen
     from recsys.nn.layout import Column, Guard, Layout, scale
     from recsys.nn.mlp import MLPBlock, Share, linear
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from recsys.train.distributed import gather_rows
     from recsys.train.gradients import field_gradients
     from recsys.train.guard import Buffers
-    from recsys.train.losses import label_bce
+    from recsys.train.losses import label_bce, product_bce, row_mean
     from recsys.train.progress import bar
     from recsys.train.ranks import Discount, Ranks, discounts, rank_rows
     from recsys.train.run import Run
@@ -112,6 +113,8 @@ __all__ = [
     "discounts",
     "entmax",
     "field_gradients",
+    "first_order",
+    "full",
     "full_precision",
     "gather_rows",
     "hash_text",
@@ -129,11 +132,13 @@ __all__ = [
     "passing",
     "places",
     "predict",
+    "product_bce",
     "pruned_bytes",
     "pruned_table",
     "quantized",
     "rank_rows",
     "require_room",
+    "row_mean",
     "scale",
     "second_model",
     "widen",
@@ -177,6 +182,8 @@ _LAZY = {
     "column_groups": "recsys.nn.addressed",
     "compact": "recsys.nn.sparse",
     "entmax": "recsys.nn.entmax",
+    "first_order": "recsys.nn.head",
+    "full": "recsys.nn.head",
     "full_precision": "recsys.nn.precision",
     "hash_text": "recsys.data.hashing",
     "how_many": "recsys.nn.ranked",
@@ -184,6 +191,8 @@ _LAZY = {
     "keep_within": "recsys.nn.budget",
     "kept_columns": "recsys.nn.kept",
     "label_bce": "recsys.train.losses",
+    "product_bce": "recsys.train.losses",
+    "row_mean": "recsys.train.losses",
     "linear": "recsys.nn.mlp",
     "measure": "recsys.train.score",
     "mix": "recsys.data.hashing",

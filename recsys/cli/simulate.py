@@ -75,6 +75,7 @@ def command(
     mnar           exposure follows relevance and, strongly, popularity
     confounded     exposure and click share a trait that is not logged
     drift          tastes turn, and popularity jumps at half time
+    slate-plain    lists of ten, the k-th place looked at with probability 1/k
     slate-pbm      lists of ten, examined by place and device
     slate-cascade  lists of ten, looked through until a click satisfies
     delayed        clicks and conversions; late ones are not known yet

@@ -224,6 +224,17 @@ class Shards:
         run = self._layout.labels[self.schema.tasks.index(task)]
         return np.concatenate([run.of(piece.records)[:, 0] for piece in self._pieces])
 
+    def groups(self) -> npt.NDArray[np.int64]:
+        """Return the context column `group` of all rows, `[rows]`.
+
+        Raises:
+            DataError: there is none.
+        """
+        if "group" not in self.files.layout.schema.context:
+            raise DataError(f"{self.folder}: no context column 'group'; name one under data.context")
+        run = self._layout.context[self.files.layout.schema.context.index("group")]
+        return np.concatenate([run.of(piece.records)[:, 0] for piece in self._pieces])
+
 
 def _map(path: Path, dtype: np.dtype[Any], in_memory: bool) -> npt.NDArray[Any]:
     """Map a file of numbers read-only, or read it; an empty file cannot be mapped."""

@@ -45,7 +45,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(logits, width)) if width else None
         if self.weight is not None:  # xavier-normal of the [1, width] projection that each logit has
             nn.init.normal_(self.weight, std=(2.0 / (width + 1)) ** 0.5)
-        self.wide = Table(_scalar(schema), dim=logits) if wide else None
+        self.wide = first_order(schema, logits) if wide else None
 
     def forward(self, outputs: Sequence[Tensor], ids: Tensor, values: Tensor | None) -> dict[str, Tensor]:
         """Outputs of the interactions, each `[B, H_i]`; `[B, F], [B, F] -> {task: [B]}` in float32."""
@@ -88,6 +88,14 @@ class Head(nn.Module):
     def table_parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that table-wide L2 covers."""
         return {} if self.wide is None else {"wide.weight": self.wide.weight}
+
+
+def first_order(schema: EncodedSchema, outputs: int = 1) -> Table:
+    """Return a weight per value of every scalar field and output: `[B, F], [B, F] -> [B, F, outputs]`, to be summed.
+
+    Numeric fields: weight times value.
+    """
+    return Table(_scalar(schema), dim=outputs)
 
 
 def full(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from recsys.plugin.hooks import Component, hookimpl
 from recsys.train.losses import BCE
 from recsys.train.metrics import AUC, ECE, GAUC, PRAUC, LogLoss, NormalizedEntropy
 from recsys.train.ranking_metrics import MAP, MRR, NDCG, Hit, Precision, Recall
-from recsys.train.stages import CountRows, Evaluate, Fit, Prune, Quantize, RankFields, Reset, Rewind
+from recsys.train.stages import CountRows, Evaluate, Fit, Positions, Prune, Quantize, RankFields, Reset, Rewind
 
 
 @hookimpl
@@ -54,6 +54,7 @@ def recsys_components() -> list[Component]:
         Component("stage", "rank_fields", RankFields),
         Component("stage", "prune", Prune),
         Component("stage", "quantize", Quantize),
+        Component("stage", "positions", Positions),
         Component("stage", "evaluate", Evaluate),
         Component("stage", "export", Export),
     ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recsys.contracts import FIRST_ID, NULL_ID, UNKNOWN_ID, Batch, Field
 from recsys.data.batches import TrainBatches
 from recsys.data.encode import Encoder
+from recsys.data.groups import GroupBatches
 from recsys.data.order import Order, WindowOrder, divide
 from recsys.data.vocabulary import Vocabulary
 from recsys.errors import NonFiniteError
@@ -62,7 +63,9 @@ class Part:
     gradients: dict[str, tuple[int, int, float]]
 
 
-def rows_of(batches: TrainBatches, epoch: int, step: int, given: Sequence[Batch]) -> npt.NDArray[np.int64]:
+def rows_of(
+    batches: TrainBatches | GroupBatches, epoch: int, step: int, given: Sequence[Batch]
+) -> npt.NDArray[np.int64]:
     """Return the rows of this rank in a step, `[n]` int64, numbered from 0 in the encoded split.
 
     Args:
@@ -72,6 +75,8 @@ def rows_of(batches: TrainBatches, epoch: int, step: int, given: Sequence[Batch]
         given: the micro-batches of the step; where the rows that were found are not theirs, the numbers are -1:
             rather none than wrong ones.
     """
+    if isinstance(batches, GroupBatches):
+        return np.concatenate([batches.part(epoch, step, micro)[0] for micro in range(len(given))])
     found = []
     for micro, batch in enumerate(given):
         low, high, _ = batches.bounds(step, micro)
@@ -95,7 +100,7 @@ def _candidates(batches: TrainBatches, epoch: int, low: int, high: int) -> Itera
         yield WindowOrder(size, *windows, batches.seed, epoch).rows(positions)
 
 
-def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: RandomState) -> Part:
+def repeat(run: Run, batches: TrainBatches | GroupBatches, epoch: int, step: int, random: RandomState) -> Part:
     """Compute this rank's part of a step again, with the random numbers it had, and look at it closely.
 
     The model must be as it was before the step, and is so afterwards; other ranks are not touched.
@@ -130,7 +135,9 @@ def repeat(run: Run, batches: TrainBatches, epoch: int, step: int, random: Rando
     return Part(given, rows_of(batches, epoch, step, given), losses, suspicion, suspects, suspicious, bad)
 
 
-def stop(run: Run, batches: TrainBatches, step: int, random: RandomState, skipped: Sequence[int]) -> NoReturn:
+def stop(
+    run: Run, batches: TrainBatches | GroupBatches, step: int, random: RandomState, skipped: Sequence[int]
+) -> NoReturn:
     """Say what was wrong with step `step` of the stage, from 0; write it to `non_finite.json` of the stage's folder.
 
     Every rank must come here; the first one tells.

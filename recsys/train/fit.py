@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from recsys.abilities import Listwise
 from recsys.contracts import Metric
 from recsys.data.batches import TrainBatches
+from recsys.data.groups import GroupBatches
 from recsys.errors import RecipeError
 from recsys.nn.model import Model
 from recsys.nn.optim import build_optimizer
@@ -68,18 +70,7 @@ class Fit:
         options = run.train.model_copy(update=self._changed)
         if (self.snapshot_epoch or 0) > options.epochs:
             raise RecipeError(f"{run.stage}: snapshot_epoch is {self.snapshot_epoch}, but epochs is {options.epochs}")
-        make = run.build_sampling
-        sampling = None if make is None else make(run.seed(run.stage, "sampling"))
-        batches = TrainBatches(
-            run.split("train"),
-            options.batch_size,
-            seed=run.seed(run.stage, "order"),
-            rank=run.world.rank,
-            ranks=run.world.size,
-            accumulate=options.accumulate,
-            shuffle_memory=options.shuffle_memory,
-            sampled=sampling,
-        )
+        batches = _batches(run, options)
         epochs = Epochs(self.name, self.snapshot_epoch, run, options, _monitors(run, options), batches.steps)
         if self.snapshot_epoch == 0:
             run.keep_snapshot(self.name)
@@ -93,6 +84,31 @@ class Fit:
         if epochs.history and (facts := epochs.weight_facts(epochs.history[-1])):
             run.say(f"{run.stage} · {told(facts)}")
         _write_history(run, epochs)
+
+
+def _batches(run: Run, options: TrainOptions) -> TrainBatches | GroupBatches:
+    """The training batches of this process; of whole groups where the loss compares their rows.
+
+    Raises:
+        RecipeError: such a loss, and sampled rows.
+    """
+    split, seed, world, make = run.split("train"), run.seed(run.stage, "order"), run.world, run.build_sampling
+    if not isinstance(run.loss, Listwise) or not run.loss.compares_groups:
+        return TrainBatches(
+            split,
+            options.batch_size,
+            seed=seed,
+            rank=world.rank,
+            ranks=world.size,
+            accumulate=options.accumulate,
+            shuffle_memory=options.shuffle_memory,
+            sampled=None if make is None else make(run.seed(run.stage, "sampling")),
+        )
+    if make is not None:
+        raise RecipeError("sampling: the loss compares the rows of a group, and sampled rows belong to none; remove it")
+    return GroupBatches(
+        split, options.batch_size, seed=seed, rank=world.rank, ranks=world.size, accumulate=options.accumulate
+    )
 
 
 def _write_history(run: Run, epochs: Epochs) -> None:
@@ -118,7 +134,7 @@ def _monitors(run: Run, options: TrainOptions) -> dict[str, Metric]:
     return metrics
 
 
-def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epochs) -> None:
+def _train(run: Run, options: TrainOptions, batches: TrainBatches | GroupBatches, epochs: Epochs) -> None:
     steps, first = batches.steps, epochs.first
     if first == 0 and epochs.first_step == 0:
         # Random numbers while training belong to this stage and rank, whatever ran before it.
@@ -163,7 +179,7 @@ def _train(run: Run, options: TrainOptions, batches: TrainBatches, epochs: Epoch
     run.seconds_training += rows.seconds
 
 
-def _guard(run: Run, options: TrainOptions, batches: TrainBatches, skipped: list[int]) -> StepGuard:
+def _guard(run: Run, options: TrainOptions, batches: TrainBatches | GroupBatches, skipped: list[int]) -> StepGuard:
     def tell(step: int) -> None:
         epoch, inside = divmod(step, batches.steps)
         run.say(

@@ -39,6 +39,27 @@ def label_bce(logit: Tensor, batch: Batch) -> Tensor:
     return _bce(dict.fromkeys(batch.label, logit), batch)
 
 
+def product_bce(first: Tensor, second: Tensor, label: Tensor) -> Tensor:
+    """Binary cross-entropy of the product of two probabilities that are given as logits, row by row.
+
+    −y [lσ(a) + lσ(b)] − (1 − y) log(σ(−a) + σ(a) σ(−b)), with lσ the logarithm of σ: the second term is
+    1 − σ(a) σ(b), and is never a difference of numbers close to 1. `[B], [B], [B] -> [B]`, in the type of the logits.
+    """
+    seen = F.logsigmoid(first)
+    both = seen + F.logsigmoid(second)
+    neither = torch.logaddexp(F.logsigmoid(-first), seen + F.logsigmoid(-second))
+    return -torch.lerp(neither, both, label.to(both.dtype))
+
+
+def row_mean(losses: Tensor, batch: Batch) -> Tensor:
+    """The mean of a loss per row, each times the batch's `weight` where there is one: `[B], Batch -> []`.
+
+    The divisor is the number of rows, as in the loss `bce`.
+    """
+    weight = batch.context.get("weight")
+    return losses.mean() if weight is None else (losses * weight.to(losses.dtype)).mean()
+
+
 def _bce(logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """`{task: [B]}, Batch -> []`, in the type of the logits."""
     given = batch.context.get("weight")

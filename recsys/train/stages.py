@@ -15,6 +15,7 @@ from recsys.train.checkpoint import read_json, write_json
 from recsys.train.counts import CountRows
 from recsys.train.evaluate import Evaluate
 from recsys.train.fit import Fit
+from recsys.train.positions import Positions
 from recsys.train.rank import SCORES, RankFields
 from recsys.train.run import Run, no_snapshot
 from recsys.train.speed import first_rows, milliseconds
@@ -23,6 +24,7 @@ __all__ = [
     "CountRows",
     "Evaluate",
     "Fit",
+    "Positions",
     "Prune",
     "Quantize",
     "RankFields",
@@ -207,7 +209,7 @@ def check_order(stages: Sequence[tuple[str, Stage]]) -> None:
                 raise RecipeError(f"{label}: {stage.name} after {undone}; put it before")
             if isinstance(stage, Rewind) and stage.to not in kept and not other:
                 raise RecipeError(f"{label}: {no_snapshot(stage.to, kept)}")
-        elif not isinstance(stage, CountRows | Evaluate | RankFields):
+        elif not isinstance(stage, CountRows | Evaluate | Positions | RankFields):
             other = True  # a plugin's stage may keep snapshots of any name
 
 

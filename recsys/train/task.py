@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys.abilities import Weighing
 from recsys.contracts import Batch, Loss
 from recsys.data.batches import TrainBatches
+from recsys.data.groups import GroupBatches
 from recsys.nn.model import Model
 from recsys.train.guard import Buffers, StepGuard
 from recsys.train.weights import SIZE, weighed
@@ -137,7 +138,7 @@ class Task(lightning.LightningModule):
 class EpochBatches:
     """The training batches of one epoch after the other, as Lightning iterates them."""
 
-    def __init__(self, batches: TrainBatches, epoch: int) -> None:
+    def __init__(self, batches: TrainBatches | GroupBatches, epoch: int) -> None:
         self._batches = batches
         self.epoch = epoch
         self.first_step = 0

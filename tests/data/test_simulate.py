@@ -199,6 +199,7 @@ MANIFESTS = {
     "mnar": "c5d02343af6b0920",
     "confounded": "51f9e813f8104679",
     "drift": "676c0f5ace835122",
+    "slate-plain": "780aacb44a10ab03",
     "slate-pbm": "42440eafb63a4b57",
     "slate-cascade": "5cf0ec8443ad3028",
     "delayed": "edd97cec1c8e51b8",
