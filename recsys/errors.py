@@ -40,6 +40,10 @@ class BundleError(RecsysError):
     """A bundle that is damaged, altered, unsafe or of another version, or gives other answers than its golden ones."""
 
 
+class ExportError(RecsysError):
+    """A bundle or a run that cannot be written in the form that is asked for."""
+
+
 class RequestError(RecsysError):
     """Rows to be scored that the model cannot read; the text begins with the address.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors"),
     "serve": ("onnxruntime",),
+    "graph": ("onnx", "onnxruntime"),
     "report": ("matplotlib",),
 }
 """Extra → the top-level modules that it installs."""

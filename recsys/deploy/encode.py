@@ -145,7 +145,7 @@ class RowEncoder:
         self, group: ListGroup, columns: Mapping[str, Sequence[Any]], readers: Mapping[str, IdReader], rows: int
     ) -> tuple[Ids, Ids]:
         """`(ids [B, L, K], length [B])`."""
-        events = [_events(columns[c.column], c.column, group) for c in group.columns]
+        events = [lists_of(columns[c.column], c.column, group) for c in group.columns]
         whole = [[len(row) for row in column] for column in events]
         for column, sizes in zip(group.columns[1:], whole[1:], strict=True):
             if sizes != whole[0]:
@@ -251,8 +251,12 @@ def _read_events(reader: IdReader, lists: Sequence[Sequence[Any]], column: str) 
         raise
 
 
-def _events(values: Sequence[Any], column: str, group: ListGroup) -> list[Sequence[Any]]:
-    """The lists of a column; an empty text, or a null, has no events."""
+def lists_of(values: Sequence[Any], column: str, group: ListGroup) -> list[Sequence[Any]]:
+    """Return the lists of a column; an empty text, or a null, has no events.
+
+    Raises:
+        RequestError: a value is no list.
+    """
     found: list[Sequence[Any]] = []
     for at, value in enumerate(values):
         if value is None:

@@ -78,7 +78,7 @@ class Predictor:
     def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
         self.bundle = bundle
         self.spec = EncoderSpec.of_json(bundle.read(ENCODER).decode(), str(bundle.folder / ENCODER))
-        self.encoder = RowEncoder(self.spec, {n: _table(bundle, n, v) for n, v in self.spec.vocabularies.items()})
+        self.encoder = RowEncoder(self.spec, tables_of(bundle, self.spec))
         self.calibration = Calibration.of_json(bundle.json(CALIBRATION), self.tasks)
         self._session = _session(bundle.read(GRAPH), threads, bundle.folder / GRAPH)
         self._inputs = self._graph_inputs()
@@ -215,6 +215,15 @@ def load(bundle: str | os.PathLike[str], *, threads: int = 1, check: bool = True
     if check:
         predictor.check_golden()
     return predictor
+
+
+def tables_of(bundle: Bundle, spec: EncoderSpec) -> dict[str, Mapping[Any, int] | None]:
+    """Return vocabulary → value → id; None for hash buckets.
+
+    Raises:
+        BundleError: a vocabulary is not that of the encoder.
+    """
+    return {name: _table(bundle, name, vocabulary) for name, vocabulary in spec.vocabularies.items()}
 
 
 def _table(bundle: Bundle, name: str, vocabulary: Vocabulary) -> Mapping[Any, int] | None:

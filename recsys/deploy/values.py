@@ -33,6 +33,13 @@ _RANGES = {"int": (-(2**63), 2**63), "uint": (0, 2**64)}
 _NAN = float("nan")
 
 
+def normalize(text: str, steps: Sequence[str]) -> str:
+    """Return a text after `normalize` of a recipe, step by step."""
+    for step in steps:
+        text = _STEPS[step](text)
+    return text
+
+
 class _Never:
     """The class of no raw value."""
 
