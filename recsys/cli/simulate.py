@@ -157,21 +157,15 @@ def _compare(predictions: Path, simulated: Path, against: str) -> None:
 
 def _print_values(world: World) -> None:
     """Print what the fields of a world are worth, in thousandths of a nat."""
-    from rich.console import Console
-    from rich.table import Table
-
     from recsys.data.simulate_value import field_values
 
     found = field_values(world)
-    table = Table(
-        title="thousandths of a nat of log loss: lost without the field, in all segments and in each; told by it alone",
-        title_justify="left",
-    )
-    for name in found.columns:
-        table.add_column(name, justify="left" if name in ("field", "kind") else "right")
-    for row in found.rows():
-        table.add_row(*(f"{1000 * cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)
+    names = [name.replace("segment_", "segm. ") for name in found.columns]
+    print("worth of fields, in thousandths of a nat of log loss: `value` is lost when the field alone is hidden,")
+    print("over all users and in each segment; `uniform` and `log` is what it tells by itself, there")
+    for row in [names, *found.rows()]:
+        cells = [f"{1000 * cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row[2:]]
+        print(f"{row[0]:18} {row[1]:8}" + "".join(f"{cell:>9}" for cell in cells))
 
 
 def parse_rows(rows: str, total: int | None) -> tuple[int, int]:

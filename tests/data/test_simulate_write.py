@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -10,6 +11,7 @@ from polars.testing import assert_frame_equal
 
 from recsys.data import simulate_write
 from recsys.data.simulate_presets import make_config
+from recsys.data.simulate_random import Region
 from recsys.data.simulate_world import World
 from recsys.data.simulate_write import part_name, write
 from recsys.errors import DataError
@@ -53,6 +55,27 @@ def test_ranges_written_apart_are_the_same_files(world, tmp_path):
     for path in whole.glob("*/part-*.parquet"):
         assert (apart / path.parent.name / path.name).read_bytes() == path.read_bytes()
     assert sorted(p.name for p in apart.glob("*.json")) == ["manifest-000000004000.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["slate-cascade", "delayed"])
+def test_the_uniform_slice_is_written_in_parts_too(name, tmp_path):
+    """S2: catches a slice that depends on the range, requests cut by it, and rows of it that are missing or twice."""
+    config = make_config(name, rows=9_000, seed=3, users=300, items=100, clicks_only=name == "delayed")
+    config = replace(config, pilot_rows=1 << 12)
+    whole, apart = tmp_path / "whole", tmp_path / "apart"
+    told = []
+    write(World(config), whole, 0, 9_000, told.append, uniform=True)
+    assert sum(told) == 9_900
+    for start, stop in ((4_003, 8_555), (8_555, 9_000), (0, 4_003)):
+        write(World(config), apart, start, stop, uniform=True)
+    for table in ("log", "truth", "uniform", "uniform_truth"):
+        together, parts = (pl.read_parquet(sorted((f / table).glob("*.parquet"))) for f in (whole, apart))
+        assert_frame_equal(parts, together, check_exact=True)
+    assert_frame_equal(
+        pl.read_parquet(whole / "uniform" / "*.parquet"),
+        World(config).rows(8_100, 9_000, Region.UNIFORM)[0],
+        check_exact=True,
+    )
 
 
 def test_manifest_describes_the_log(world, tmp_path):
