@@ -242,3 +242,12 @@ class Weighing(Protocol):
         0 for a row without a weighted part in the loss. A pure read; asked for after the loss itself.
         """
         ...
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """A stage that can tell, before anything is trained, what the run lacks for it."""
+
+    def check(self, run: Any) -> None:
+        """Raise a `RecipeError` where `run: recsys.api.Run`, untrained, has no such column, field or split."""
+        ...

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from recsys.abilities import Ranking
+from recsys.abilities import Checking, Ranking
 from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
@@ -47,7 +47,7 @@ from recsys.train.checkpoint import alone_in, read_json, sweep, write_json
 from recsys.train.memory import keep_freed_memory
 from recsys.train.propensity import fit_propensity
 from recsys.train.run import Run
-from recsys.train.stages import CountRows, Evaluate, Prune, Quantize, RankFields, check_order
+from recsys.train.stages import CountRows, Prune, Quantize, RankFields, check_order
 
 DRIFT = ("recsys", "packages", "plugins")
 """What must be as it was for a resumed run to go on as if it had never stopped; and the data, always."""
@@ -316,7 +316,7 @@ def _check_stages_of_parts(run: Run, stages: Sequence[tuple[str, Stage]]) -> Non
         RecipeError: nobody counts rows or ranks fields; or a column is missing.
     """
     for label, stage in stages:
-        if isinstance(stage, Evaluate) and label not in run.state["stages"]:
+        if isinstance(stage, Checking) and label not in run.state["stages"]:
             run.stage = label
             stage.check(run)
     kinds = [type(stage) for _, stage in stages]
