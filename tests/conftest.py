@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ settings.load_profile("recsys")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep encoded data of the tests out of the user's cache, and out of the next run's."""
     os.environ["RECSYS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seldom_bundles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the bundle out of what the stage `export` writes in this process, but for tests marked `bundle`."""
+    export = sys.modules.get("recsys.deploy.export")
+    if export is not None and request.node.get_closest_marker("bundle") is None:
+        monkeypatch.setattr(export, "NEEDED", ("absent_in_tests",))
 
 
 @pytest.fixture(scope="session")

@@ -138,6 +138,7 @@ def test_the_recipe_written_out_says_what_it_seems_to(folder: Path, registry: Re
     assert list(recipe.data.numeric) == ["age", "hour"]
 
 
+@pytest.mark.bundle
 def test_own_logs_from_simulation_to_scores(folder: Path) -> None:
     """The commands of "Train on your own logs", to the letter, in one folder; then the recipe written out."""
     block = FENCE.search(section("Train on your own logs"))

@@ -12,15 +12,15 @@ import numpy.typing as npt
 from recsys.errors import BundleError
 
 Floats = npt.NDArray[np.float64]
-METHODS = ("none", "temperature", "isotonic")
+METHODS = ("none", "temperature", "platt", "isotonic")
 
 
 @dataclass(frozen=True)
 class Curve:
     """How the logit of one task becomes a probability.
 
-    none: p = σ(z). temperature: p = σ(z / T + b). isotonic: p = the piecewise linear function through the points
-    (logit, probability), constant outside of them.
+    none: p = σ(z). temperature and platt: p = σ(z / T + b), b = 0 for the first.
+    isotonic: p = the piecewise linear function through the points (logit, probability), constant outside of them.
 
     Args:
         method: one of `METHODS`.

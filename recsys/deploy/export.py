@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from recsys.contracts import Named
 from recsys.data.encode import Encoder
+from recsys.deploy.calibration import Calibration
 from recsys.errors import RecipeError, RecsysError
 from recsys.nn.layout import Layout
 from recsys.nn.model import Model
@@ -23,6 +24,8 @@ from recsys.train.run import Run, spec_name
 
 BUNDLE = "bundle"
 """The bundle's folder in a run."""
+CURVES = "calibration.json"
+"""In a run's folder: what its stage `calibrate` found."""
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _SAMPLE = 65_536
 """Training rows that tell what the columns look like."""
@@ -80,7 +83,8 @@ class Export:
             rows = np.linspace(0, len(run.split("train")) - 1, min(_SAMPLE, len(run.split("train")))).astype(np.int64)
             with replacing(final) as folder:
                 folder.mkdir()
-                gap = write_bundle(folder, encoder, model, run.split("train").gather(rows), _facts(run))
+                sample = run.split("train").gather(rows)
+                gap = write_bundle(folder, encoder, model, sample, _facts(run), _calibration(run))
         except RecsysError as error:
             if self.bundle:
                 raise RecipeError(f"{run.stage}: bundle: {error}") from error
@@ -128,6 +132,12 @@ def _orders(run: Run) -> Orders | None:
     owners = Layout.of(run.schema).owners
     free = tuple(order if owner in known else None for owner, order in zip(owners, orders, strict=True))
     return free if any(order is not None for order in free) else None
+
+
+def _calibration(run: Run) -> Calibration | None:
+    """How logits become probabilities, where the run has found out."""
+    path = run.folder / CURVES
+    return Calibration.of_json(read_json(path), run.schema.tasks) if path.is_file() else None
 
 
 def _facts(run: Run) -> Any:

@@ -15,6 +15,7 @@ from recsys.data.encode import Encoder
 from recsys.data.schema import Categorical, MultiValued
 from recsys.data.values import STORED
 from recsys.data.vocabulary import Vocabulary
+from recsys.deploy.calibration import sigmoid
 from recsys.nn.model import Model
 
 ROWS = 320
@@ -35,6 +36,7 @@ _TEXTS = (
 _NUMBERS = (2**53 + 1, 2**62, 2**63 - 1, -(2**62), -1, 0, 987_654_321)
 _FLOATS = (0.0, -0.0, 1e300, -1e300, 3.5e38, 1e-300, 1.5, -7.0)
 Row = dict[str, Any]
+Logits = np.ndarray[Any, Any]
 
 
 def golden_rows(encoder: Encoder, seed: int = 1) -> list[Row]:
@@ -121,19 +123,40 @@ def frame_of(encoder: Encoder, rows: Sequence[Row]) -> pl.DataFrame:
     return pl.DataFrame({name: [row[name] for row in rows] for name in schema}, schema=schema, strict=True)
 
 
-def training_logits(encoder: Encoder, model: Model, frame: pl.DataFrame) -> dict[str, np.ndarray[Any, Any]]:
+def training_logits(encoder: Encoder, model: Model, frame: pl.DataFrame) -> dict[str, Logits]:
     """Return what the training code says of raw rows: its own encoder, its own model; task → `[rows]` float64."""
-    blocks = encoder.transform(frame.lazy(), labels=False)
-    parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+    found = [logits_of(model, batch_of(encoder, block)) for block in encoder.transform(frame.lazy(), labels=False)]
+    return {task: np.concatenate([part[task] for part in found]) for task in found[0]}
+
+
+def logits_of(model: Model, batch: Batch) -> dict[str, Logits]:
+    """Return the model's logits, as evaluation computes them; task → `[B]` float64."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for block in blocks:
-            for task, logit in model(batch_of(encoder, block).to(device)).items():
-                parts.setdefault(task, []).append(logit.double().cpu().numpy())
+        found = {task: logit.double().cpu().numpy() for task, logit in model(batch.to(device)).items()}
     model.train(was_training)
-    return {task: np.concatenate(found) for task, found in parts.items()}
+    return found
+
+
+def rounding(encoder: Encoder, model: Model, rows: Sequence[Row]) -> float:
+    """Return by how much a probability depends on which rows are scored together, in the training code itself.
+
+    Single precision rounds sums of many rows otherwise than those of one, and some models make that large.
+    """
+    (block,) = encoder.transform(frame_of(encoder, rows).lazy(), labels=False)
+    batch = batch_of(encoder, block)
+    together = logits_of(model, batch)
+    worst = 0.0
+    for at in range(len(batch)):
+        one = slice(at, at + 1)
+        history = {name: (ids[one], length[one]) for name, (ids, length) in batch.history.items()}
+        values = None if batch.values is None else batch.values[one]
+        alone = logits_of(model, Batch(batch.ids[one], values, history))
+        gaps = [abs(sigmoid(z) - sigmoid(together[task][one])).max() for task, z in alone.items()]
+        worst = max(worst, *(float(gap) for gap in gaps))
+    return worst
 
 
 def batch_of(encoder: Encoder, block: EncodedColumns) -> Batch:
@@ -159,9 +182,7 @@ def batch_of(encoder: Encoder, block: EncodedColumns) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(values) if schema.has_numeric else None, history)
 
 
-def answers(
-    rows: Sequence[Row], logits: Mapping[str, np.ndarray[Any, Any]]
-) -> tuple[list[Row], dict[str, np.ndarray[Any, Any]]]:
+def answers(rows: Sequence[Row], logits: Mapping[str, Logits]) -> tuple[list[Row], dict[str, Logits]]:
     """Return the rows with a finite score for every task, and these scores; a number may be too large for a model."""
     good = np.all([np.isfinite(z) for z in logits.values()], axis=0)
     return [row for row, keep in zip(rows, good.tolist(), strict=True) if keep], {t: z[good] for t, z in logits.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from recsys.contracts import EncodedSchema
+from recsys.deploy.shifts import translations
 from recsys.errors import RecipeError
 from recsys.nn.layout import Guard, Layout
 from recsys.nn.model import Model
@@ -104,16 +105,22 @@ def _exported(graph: Graph) -> ExportedProgram:
     try:
         return export(graph, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False)
     except Exception as error:
-        raise RecipeError(f"the model cannot be exported as a graph: {_first_line(error)}") from error
+        raise RecipeError(f"the model cannot be exported as a graph: {_told(error)}") from error
 
 
 def _bytes(program: ExportedProgram, names: list[str]) -> bytes:
     try:
         found = torch.onnx.export(
-            program, dynamo=True, optimize=True, verbose=False, input_names=names, output_names=list(OUTPUTS)
+            program,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+            input_names=names,
+            output_names=list(OUTPUTS),
+            custom_translation_table=translations(),
         )
     except Exception as error:
-        raise RecipeError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
+        raise RecipeError(f"the model cannot be written as ONNX: {_told(error)}") from error
     if found is None:
         raise RecipeError("the model cannot be written as ONNX")
     size = sum(t.nbytes for t in program.state_dict.values())
@@ -143,6 +150,7 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _told(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("- ")]
+    told = next((line for line in lines if line.startswith("<class")), lines[0] if lines else "")
+    return f"{type(error).__name__}: {told}"

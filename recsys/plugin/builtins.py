@@ -5,6 +5,7 @@ from __future__ import annotations
 from recsys.data.samplers import InBatch, Popularity, Uniform
 from recsys.data.simulate import Simulated
 from recsys.data.sources import Files
+from recsys.deploy.calibrate import Calibrate
 from recsys.deploy.export import Export
 from recsys.nn.fixed import Fixed
 from recsys.nn.interaction import FM, MLP, CrossNet
@@ -56,5 +57,6 @@ def recsys_components() -> list[Component]:
         Component("stage", "quantize", Quantize),
         Component("stage", "positions", Positions),
         Component("stage", "evaluate", Evaluate),
+        Component("stage", "calibrate", Calibrate),
         Component("stage", "export", Export),
     ]

@@ -25,6 +25,7 @@ from recsys.contracts import Source, Stage
 from recsys.data.encode import Encoder
 from recsys.data.encode_pass import QUARANTINE
 from recsys.data.prepare import Prepared
+from recsys.deploy.calibrate import Calibrate, check_calibrated_last
 from recsys.deploy.export import Export
 from recsys.errors import RecipeError, RecsysError, RunError, listing
 from recsys.nn.fixed import Fixed
@@ -277,7 +278,8 @@ def run_stages(run: Run, recipe: Recipe, registry: Registry) -> None:
     for index, checked in enumerate(recipe.stages, 1):
         stage = registry.get("stage", checked.name).component.factory(**arguments(checked.options))
         stages.append((f"{index}-{checked.options.get('name') or checked.name}", stage))
-    check_order([named for named in stages if not isinstance(named[1], Export)])
+    check_order([named for named in stages if not isinstance(named[1], Calibrate | Export)])
+    check_calibrated_last(stages)
     pruned = any(isinstance(stage, Prune) for _, stage in stages)
     if pruned and not run.state["selections"]:
         try:
