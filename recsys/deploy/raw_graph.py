@@ -135,7 +135,7 @@ class RawGraphs:
 def _curve(nodes: Nodes, z: str, curve: Curve) -> str:
     """`Curve.__call__` as nodes, `[B, 1] -> [B, 1]` double."""
     if curve.method != "isotonic":
-        if curve.method == "temperature":
+        if curve.method != "none":
             z = nodes.add("Div", [z, nodes.double(curve.temperature)])
             z = nodes.add("Add", [z, nodes.double(curve.shift)])
         return nodes.add("Sigmoid", [z])

@@ -215,7 +215,8 @@ def test_only_the_events_within_the_length_count(predictor: Predictor, graph: on
 
 
 CURVES = {
-    "temperature": Curve("temperature", 1.7, -0.3),
+    "temperature": Curve("temperature", 1.7),
+    "platt": Curve("platt", 1.7, -0.3),
     "isotonic": Curve("isotonic", logits=(-0.5, 0.0, 0.1, 0.7), probabilities=(0.1, 0.2, 0.2, 0.9)),
     "one_point": Curve("isotonic", logits=(0.0,), probabilities=(0.4,)),
 }
