@@ -74,7 +74,7 @@ def context(rows: int) -> Mapping[str, Tensor]:
         "time": place,
         "attribute": place % 3 - 1,
         "observed": torch.ones(rows, dtype=torch.int64),
-        "uniform": 1 - place % 2,
+        "uniform": (place % 4 < 2).long(),
     }
 
 
