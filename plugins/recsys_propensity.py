@@ -135,8 +135,8 @@ class NaiveBayes(nn.Module):
     """Propensity of a label by Bayes' rule, from a log and a few uniform rows: θ(y) = P(y, observed) / P(y).
 
     P(y, observed) = P(y | observed) P(observed). P(y | observed) is counted on the observed rows of the log that are
-    not uniform; P(y) on the uniform rows (`uniform` 1), or given as `positive_rate`; P(observed) on all rows that are not
-    uniform, or given as `exposure`. It depends on the label: it is for rows that have one. Between `least` and 1.
+    not uniform; P(y) on the uniform rows (`uniform` 1), or given as `positive_rate`; P(observed) on all rows that are
+    not uniform, or given as `exposure`. It depends on the label: it is for rows that have one. Between `least` and 1.
 
     Schnabel et al., "Recommendations as Treatments: Debiasing Learning and Evaluation", ICML 2016, §5.1,
     arXiv 1602.05352.
