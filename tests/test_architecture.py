@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from recsys.data.schema import CONTEXT
 from recsys.plugin.registry import load_registry
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,8 @@ def method_names() -> set[str]:
 def test_the_core_knows_no_method_by_name(path: Path) -> None:
     """A method's name as a value (not in prose) would be a branch that only this method takes."""
     literals = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} - {None}
-    assert not {value for value in literals if isinstance(value, str)} & method_names()
+    # A context column may have the name of a method that estimates something from it.
+    assert not {value for value in literals if isinstance(value, str)} & (method_names() - set(CONTEXT))
 
 
 def test_every_component_of_the_core_and_its_plugins_loads() -> None:
