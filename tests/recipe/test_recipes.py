@@ -14,6 +14,7 @@ import pytest
 import recsys
 from recsys.bench.table import read_table
 from recsys.data.encode import Encoder
+from recsys.data.simulate import Simulated
 from recsys.errors import DataError, RecsysError
 from recsys.plugin.registry import Registry, load_registry
 from recsys.recipe.build import build_source, data_root
@@ -63,6 +64,25 @@ def test_it_is_sound_on_its_data(name: str, registry: Registry, recsys_data: Pat
     assert "test" in dry.splits
     assert "valid" in dry.splits, "early stopping needs a validation split"
     assert dry.flops > 0 or Path(name).stem in ("fm", "lr")
+
+
+SIMULATED = sorted((FOLDER / "simulated").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SIMULATED, ids=lambda path: path.stem)
+def test_it_is_sound_on_its_simulated_world(path: Path, registry: Registry, tmp_path: Path) -> None:
+    """Catches a field or a context column that the world does not have, and a model that reads the truth."""
+    changes = ["data.source.rows=3000", "data.source.users=200", "data.source.items=100"]
+    recipe = load_recipe(path, registry, changes)
+    dry = dry_run(recipe, registry, tmp_path, 500)
+    assert {"train", "valid", "test"} <= set(dry.splits)
+    source = build_source(recipe, registry, data_root(recipe, tmp_path))
+    assert isinstance(source, Simulated)
+    true = set(source.truth("test").collect_schema()) - {"row_id"}
+    assert not true & set(recipe.data.columns())
+    if path.stem not in ("base", "delayed"):
+        assert source.scan("test").collect()["uniform" if "uniform" in source.config.log else "y"].max() == 1
+        assert source.reference("test") == source.reference("uniform")
 
 
 def test_frappe_ids_are_those_of_its_feature_map(registry: Registry, recsys_data: Path) -> None:
