@@ -299,25 +299,13 @@ def test_open_bandit_each_policy_is_judged_from_the_others_log():
 
 @pytest.mark.skipif(not BANDIT.is_dir(), reason="needs RECSYS_DATA with open_bandit_small")
 def test_open_bandit_recipe(tmp_path):
-    told = json.loads(
-        command("train", "open_bandit/policy_value.yaml", "train.epochs=1", "--out", tmp_path / "run", "--json")
-        .strip()
-        .splitlines()[-1]
-    )["metrics"]
-    assert told["test[policy=logged]"]["ips"] == pytest.approx(0.0046)
-    assert told["test[policy=uniform]"]["ips"] == pytest.approx(0.0046)
-    for name in ("uniform", "softmax"):
-        assert told[f"test[policy={name}]"]["dr.low"] < 0.0046 < told[f"test[policy={name}]"]["dr.high"]
-    refused = [
-        f"data.source.{s}=open_bandit_small/women_{p}.parquet" for s, p in (("train", "random"), ("test", "bts"))
-    ]
+    run = ("train", "open_bandit/policy_value.yaml", "train.epochs=1")
+    told = json.loads(command(*run, "--out", tmp_path / "run", "--json").strip().splitlines()[-1])["metrics"]
+    rate = told["test[policy=logged]"]["ips"]
+    assert told["test[policy=uniform]"]["ips"] == pytest.approx(rate)
+    assert told["test[policy=uniform]"]["ips.low"] < public("men_random")["click"].mean()
+    assert told["test[policy=uniform]"]["ips.high"] > public("men_random")["click"].mean()
+    whole = [f"open_bandit_small/women_{policy}.parquet" for policy in ("random", "bts")]
+    source = f"data.source={{use: files, train: {whole[0]}, test: {whole[1]}}}"
     with pytest.raises(AssertionError, match=r"'uniform' leaves 2\.1 effective rows of 10,000 \(0\.02%\), below"):
-        command(
-            "train",
-            "open_bandit/policy_value.yaml",
-            *refused,
-            "train.epochs=1",
-            "stages.2.policies=[uniform]",
-            "--out",
-            tmp_path / "refused",
-        )
+        command(*run, "data.split=null", source, "stages.2.policies=[uniform]", "--out", tmp_path / "refused")
