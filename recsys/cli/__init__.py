@@ -18,6 +18,7 @@ from recsys.cli import (
     plugins,
     predict,
     schema,
+    serve,
     show,
     simulate,
     train,
@@ -45,6 +46,7 @@ app.command("explain", help=explain.command.__doc__)(explain.command)
 app.command("predict", help=predict.command.__doc__)(predict.command)
 app.command("verify", help=verify.command.__doc__)(verify.command)
 app.command("export", help=export.command.__doc__)(export.command)
+app.command("serve", help=serve.command.__doc__)(serve.command)
 app.command("list", help=list.command.__doc__)(list.command)
 app.command("show", help=show.command.__doc__)(show.command)
 app.command("plugins", help=plugins.command.__doc__)(plugins.command)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors"),
-    "serve": ("onnxruntime",),
     "graph": ("onnx", "onnxruntime"),
+    "serve": ("onnxruntime", "fastapi", "uvicorn", "httptools", "prometheus_client"),
     "report": ("matplotlib",),
 }
 """Extra → the top-level modules that it installs."""
@@ -44,13 +44,17 @@ def make_console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=_UNBROKEN)
 
 
-def require(extra: str) -> None:
+def require(extra: str, modules: Sequence[str] | None = None) -> None:
     """Say which extra to install when a command needs one that is absent.
 
+    Args:
+        extra: by its name.
+        modules: of the extra that the command needs; all by default.
+
     Raises:
-        RecsysError: a module of the extra is not installed.
+        RecsysError: a module is not installed.
     """
-    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    missing = [module for module in modules or EXTRAS[extra] if importlib.util.find_spec(module) is None]
     if missing:
         raise RecsysError(f"this command needs {', '.join(missing)}: pip install 'recsys[{extra}]'")
 

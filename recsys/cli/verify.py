@@ -22,9 +22,10 @@ def command(
 
     `recsys verify runs/mine/bundle`
 
-    Needs the extra `serve` (onnxruntime), not torch. The exit status is 0 only if everything is as it was written.
+    Needs onnxruntime (the extra `serve` brings it), not torch. The exit status is 0 only if everything is as
+    it was written.
     """
-    require("serve")
+    require("serve", ("onnxruntime",))
     from recsys.deploy.bundle import REQUESTS, open_bundle
     from recsys.deploy.predictor import Predictor
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import made
 import pytest
+from serving import Server
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +23,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(whole: Path, tmp_path: Path) -> Path:
     """A bundle to be damaged."""
     return Path(shutil.copytree(whole, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def server(whole: Path) -> Iterator[Server]:
+    """A server of that bundle with its usual limits."""
+    running = Server(whole)
+    yield running
+    status, errors = running.stop()
+    assert "Traceback" not in errors, errors
+    assert status in (0, -15)

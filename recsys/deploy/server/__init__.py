@@ -1,0 +1,1 @@
+"""Serves a bundle over HTTP; needs the extra `serve`, and nothing that training needs."""
