@@ -59,6 +59,9 @@ def command(
     against: Annotated[
         str, typer.Option(metavar="ROWS", help="Rows that --score is about: uniform or log.")
     ] = "uniform",
+    by_day: Annotated[
+        bool, typer.Option("--by-day", help="With --score, also the excess log loss of every day.")
+    ] = False,
     total: Annotated[int | None, typer.Option(min=1, help="Rows of the whole log, with --rows A:B.")] = None,
 ) -> None:
     """Write a click log with planted structure to Parquet, and the truth about each row beside it.
@@ -99,7 +102,7 @@ def command(
     --total 1000000`, run side by side, write the very rows that one run would.
     """
     if score is not None:
-        _compare(score, out, against)
+        _compare(score, out, against, by_day)
         return
     start, stop = parse_rows(rows, total)
     import time
@@ -144,15 +147,19 @@ def command(
     print(f"next               recsys schema infer '{out / 'log' / '*.parquet'}'")
 
 
-def _compare(predictions: Path, simulated: Path, against: str) -> None:
+def _compare(predictions: Path, simulated: Path, against: str, by_day: bool) -> None:
     """Print how far predictions are from the truth."""
-    from recsys.data.simulate_score import score_file
+    from recsys.data.simulate_score import excess_by_day, score_file
 
     found = score_file(predictions, simulated, against)
     print(f"rows               {found.rows:,} of {simulated / against}")
     print(f"excess log loss    {found.excess:.5f}   (nats above the least possible; 0 is the truth)")
     print(f"expected AUC       {found.auc:.4f}")
     print(f"best possible AUC  {found.best_auc:.4f}")
+    if by_day:
+        print("day      rows   excess")
+        for day, rows, excess, se in excess_by_day(predictions, simulated, against).rows():
+            print(f"{day:3} {rows:9,}  {excess:.5f} ± {se:.5f}")
 
 
 def _print_values(world: World) -> None:

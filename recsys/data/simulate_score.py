@@ -10,8 +10,10 @@ import polars as pl
 
 from recsys.data.simulate_random import Floats, Longs
 from recsys.data.simulate_value import divergence
+from recsys.data.simulate_world import START
 from recsys.errors import DataError, did_you_mean, listing
 
+_DAY = 86_400
 _TRUTH = {"uniform": "uniform_truth", "log": "truth"}
 
 
@@ -43,6 +45,36 @@ def score_file(predictions: Path, simulated: Path, against: str = "uniform") -> 
     Raises:
         DataError: a column or the truth is missing, or a row is unknown or there twice.
     """
+    both = _with_truth(predictions, simulated, against)
+    score, p = (both[name].to_numpy() for name in ("score", "chance"))
+    return Scored(len(both), float(divergence(p, score).mean()), expected_auc(score, p), expected_auc(p, p))
+
+
+def excess_by_day(predictions: Path, simulated: Path, against: str = "uniform") -> pl.DataFrame:
+    """Return `day` (from 0), `rows`, `excess` (mean KL in nats) and its standard error `se`, for every day there is.
+
+    Where tastes or popularity change, this tells how long predictions go without an answer to it.
+
+    Args:
+        predictions: as in `score_file`.
+        simulated: as in `score_file`.
+        against: as in `score_file`.
+
+    Raises:
+        DataError: as in `score_file`.
+    """
+    both = _with_truth(predictions, simulated, against)
+    score, p = (both[name].to_numpy() for name in ("score", "chance"))
+    seconds = pl.scan_parquet(sorted((simulated / against).glob("part-*.parquet"))).select("row_id", "ts").collect()
+    days = both.join(seconds, "row_id", maintain_order="left").with_columns(
+        day=(pl.col("ts") - START) // _DAY, excess=pl.Series(divergence(p, score))
+    )
+    spread = pl.col("excess").std() / pl.len().sqrt()
+    return days.group_by("day").agg(rows=pl.len(), excess=pl.col("excess").mean(), se=spread).sort("day")
+
+
+def _with_truth(predictions: Path, simulated: Path, against: str) -> pl.DataFrame:
+    """Return `row_id`, `score` and `chance` of the rows of a file of predictions."""
     if against not in _TRUTH:
         raise DataError(
             f"no rows '{against}' to compare with.{did_you_mean(against, _TRUTH)} There are: {listing(_TRUTH)}"
@@ -59,12 +91,12 @@ def score_file(predictions: Path, simulated: Path, against: str = "uniform") -> 
     twice = len(found) - found["row_id"].n_unique()
     if twice:
         raise DataError(f"{predictions}: {twice} rows are there more than once")
-    truth = pl.scan_parquet(files).select(pl.col("row_id"), "chance").collect()
-    both = found.select(pl.col("row_id").cast(pl.Int64), "score").join(truth, "row_id", maintain_order="left")
+    truth = pl.scan_parquet(files).select("row_id", "chance").collect()
+    scores = found.select(pl.col("row_id").cast(pl.Int64), pl.col("score").cast(pl.Float64))
+    both = scores.join(truth, "row_id", maintain_order="left")
     if len(both) < len(found):
         raise DataError(f"{predictions}: {len(found) - len(both)} of {len(found)} rows are not in {files[0].parent}")
-    score, p = (both[name].cast(pl.Float64).to_numpy() for name in ("score", "chance"))
-    return Scored(len(both), float(divergence(p, score).mean()), expected_auc(score, p), expected_auc(p, p))
+    return both
 
 
 def expected_auc(score: Floats, p: Floats) -> float:

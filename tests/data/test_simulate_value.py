@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from recsys.data.simulate_entities import frequencies
 from recsys.data.simulate_presets import make_config
 from recsys.data.simulate_random import Region
-from recsys.data.simulate_score import expected_auc, expected_ndcg, propensity_error, score_file
+from recsys.data.simulate_score import (
+    excess_by_day,
+    expected_auc,
+    expected_ndcg,
+    propensity_error,
+    score_file,
+)
 from recsys.data.simulate_value import divergence, field_values, told
 from recsys.data.simulate_world import World
 from recsys.data.simulate_write import write
@@ -164,3 +170,19 @@ def test_a_file_of_predictions_is_compared_with_the_truth(world, tmp_path):
     best.write_parquet(file)
     with pytest.raises(DataError, match="no truth to compare with"):
         score_file(file, tmp_path / "elsewhere")
+
+
+def test_a_jump_shows_in_the_excess_of_its_day(tmp_path):
+    """Catches days of the clock of another zone, and predictions that are joined to the rows of other days."""
+    config = replace(make_config("drift", rows=30_000, seed=5, users=300, items=100), pilot_rows=1 << 14, days=10.0)
+    write(World(config), tmp_path, 0, 30_000)
+    log, truth = (pl.read_parquet(tmp_path / t / "*.parquet") for t in ("log", "truth"))
+    early = pl.when(pl.col("row_id") < 15_000).then(pl.col("chance")).otherwise(pl.col("chance") * 0.5)
+    truth.select("row_id", score=early).sample(fraction=1.0, shuffle=True, seed=1).write_parquet(tmp_path / "s.parquet")
+    days = excess_by_day(tmp_path / "s.parquet", tmp_path, "log")
+    assert days["day"].to_list() == list(range(10)) or days["day"].to_list() == list(range(11))
+    assert days["rows"].sum() == 30_000
+    assert days.filter(pl.col("day") < 5)["excess"].max() == pytest.approx(0.0, abs=1e-12)
+    for day in (5, 7):
+        on = truth.filter((log["ts"] - log["ts"][0]) // 86_400 == day)
+        assert days["excess"][day] == pytest.approx(np.mean([kl(p, p / 2) for p in on["chance"]]))
