@@ -132,9 +132,9 @@ class Batch:
         label: task → `[B]` float32.
         context: name → `[B]`, for losses and metrics, never features. float32: `weight`; `propensity`, the chance that
             the row was shown; `popularity` of the item; `delay` of a conversion and `elapsed` time since the click, in
-            days. int64: `position`, `group`, `time`; `attribute`, the class of a sensitive attribute, -1 where unknown;
-            `observed`, 1 where the row was shown (or clicked, for what follows a click); `uniform`, 1 for randomised
-            traffic.
+            days; `grade` of relevance. int64: `position`, `group`, `time`; `attribute`, the class of a sensitive
+            attribute, -1 where unknown; `observed`, 1 where the row was shown (or clicked, for what follows a click);
+            `uniform`, 1 for randomised traffic.
             Where rows were sampled: `positive` int64, for a sampled row the index of the logged row it belongs to, -1
             for a logged row; `item` int64, the id of the row's item; `log_q` float32, the log-probability with which
             the sampler draws that item.

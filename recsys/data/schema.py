@@ -16,6 +16,7 @@ ContextName = Literal[
     "popularity",
     "delay",
     "elapsed",
+    "grade",
     "position",
     "group",
     "time",
@@ -25,7 +26,7 @@ ContextName = Literal[
 ]
 CONTEXT: tuple[str, ...] = get_args(ContextName)
 """Names of the context columns: what a loss or a metric may read of a row beside the label."""
-FLOAT_CONTEXT = ("weight", "propensity", "popularity", "delay", "elapsed")
+FLOAT_CONTEXT = ("weight", "propensity", "popularity", "delay", "elapsed", "grade")
 """Context columns that are float32; the others are int64."""
 Value = str | bool | int | float
 """A raw value as a recipe can write it."""

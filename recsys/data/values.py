@@ -234,6 +234,7 @@ _LIMITS: dict[str, tuple[str, Callable[[pl.Expr], pl.Expr]]] = {
     "popularity": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
     "delay": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
     "elapsed": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
+    "grade": ("a finite number ≥ 0", lambda x: x.is_finite() & (x >= 0)),
     "attribute": ("a whole number ≥ -1", lambda x: (x.floor() == x) & (x >= -1) & (x < 2.0**63)),
     "observed": ("0 or 1", lambda x: (x == 0) | (x == 1)),
     "uniform": ("0 or 1", lambda x: (x == 0) | (x == 1)),

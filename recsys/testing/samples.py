@@ -69,6 +69,7 @@ def context(rows: int) -> Mapping[str, Tensor]:
         "popularity": 1.0 / (1 + place % 4),
         "delay": place % 3 + 0.5,
         "elapsed": place % 3 + 1.5,
+        "grade": place % 5 + 0.0,
         "position": place % 3,
         "group": place % 2,
         "time": place,

@@ -54,13 +54,14 @@ class NDCG(_Grouped):
     """Gain of each group's ranking, later places discounted, as a share of the best possible one.
 
     nDCG@k = mean_g DCG_g / ideal DCG_g, DCG = Σ_{rank ≤ k} gain · discount(rank). Rows of equal score share the mean
-    discount of their ranks. Relevance is the label, which may also be a grade ≥ 0.
+    discount of their ranks. Relevance is the label, or a grade ≥ 0, such as a number of stars.
 
     Järvelin and Kekäläinen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 20, 2002; Burges et al.,
     "Learning to Rank Using Gradient Descent", ICML 2005.
 
     Args:
         k: ranks that count. null: all.
+        graded: the relevance is the context column `grade`, not the label.
         discount: rank_plus_one: 1/log2(rank + 1). rank: 1/log2(rank), and 1 for the first, so that ranks 1 and 2
             weigh the same, as in the paper of 2002 and in Saito et al., WSDM 2020.
         gain: linear: the relevance r. exponential: 2^r − 1.
@@ -72,6 +73,7 @@ class NDCG(_Grouped):
         self,
         *,
         k: PositiveInt | None = None,
+        graded: bool = False,
         discount: Discount = "rank_plus_one",
         gain: Literal["linear", "exponential"] = "linear",
         smooth: Annotated[float, Field(ge=0, lt=1)] = 0.0,
@@ -79,6 +81,13 @@ class NDCG(_Grouped):
     ) -> None:
         super().__init__()
         self.k, self.discount, self.gain, self.smooth, self.empty = k, discount, gain, smooth, empty
+        self.graded = graded
+        if graded:
+            self.needs = ("group", "grade")  # type: ignore[misc]
+
+    def update(self, logit: Tensor, label: Tensor, **context: Tensor) -> None:
+        """Add rows: logit `[B]`, label `[B]`, group `[B]` int64; and grade `[B]`, where it is asked for."""
+        super().update(logit, context["grade"] if self.graded else label, group=context["group"])
 
     def compute(self) -> Tensor:
         """`[]` float64."""
@@ -98,7 +107,12 @@ class NDCG(_Grouped):
             return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         logit, grade = dim_zero_cat(self.logit), dim_zero_cat(self.label).double()
         refuse(~torch.isfinite(logit), logit, "prediction", "a finite number")
-        refuse(~((grade >= 0) & torch.isfinite(grade)), grade, "label", "a finite number, at least 0")
+        refuse(
+            ~((grade >= 0) & torch.isfinite(grade)),
+            grade,
+            "grade" if self.graded else "label",
+            "a finite number, at least 0",
+        )
         return logit, grade
 
     def _dcg(self, ranks: Ranks, gain: Tensor) -> Tensor:

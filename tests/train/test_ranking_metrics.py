@@ -164,7 +164,9 @@ def test_groups_count_the_same_whatever_their_size():
     assert value(MRR(k=1), z, y, g) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("metric", [*ALL, lambda: NDCG(k=5, discount="rank"), lambda: MAP(k=3), lambda: Hit(k=1)])
+@pytest.mark.parametrize(
+    "metric", [*ALL, lambda: NDCG(k=5, discount="rank"), lambda: NDCG(graded=True), lambda: MAP(k=3), lambda: Hit(k=1)]
+)
 def test_the_contract(metric):
     contract("metric", metric)
 
@@ -196,6 +198,20 @@ def test_graded_labels_in_another_order_give_the_same_bits():
         metric.update(z[order], y[order], group=g[order])
         got.add(metric.compute().item())
     assert len(got) == 1
+
+
+def test_a_grade_takes_the_place_of_the_label():
+    z, g = torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    stars = torch.tensor([0.0, 4.0, 1.5])
+    metric = NDCG(k=2, graded=True, gain="exponential")
+    assert metric.needs == ("group", "grade")
+    assert NDCG().needs == ("group",)
+    metric.update(z, torch.tensor([1.0, 0.0, 0.0]), group=g, grade=stars)
+    best = 15 + (2**1.5 - 1) / math.log2(3)
+    assert metric.compute().item() == pytest.approx(15 / math.log2(3) / best)
+    metric.update(z, torch.zeros(3), group=g, grade=torch.tensor([0.0, -1.0, 2.0]))
+    with pytest.raises(DataError, match="grade of evaluated row 5 is -1"):
+        metric.compute()
 
 
 @pytest.mark.parametrize("make", ALL)
