@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from recsys.contracts import EncodedSchema
-from recsys.deploy.shifts import translations
+from recsys.deploy.operators import translations
 from recsys.errors import RecipeError
 from recsys.nn.layout import Guard, Layout
 from recsys.nn.model import Model

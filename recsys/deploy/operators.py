@@ -1,4 +1,4 @@
-"""Shifts of whole numbers for the ONNX exporter, which knows none: ONNX shifts unsigned numbers only."""
+"""What the ONNX exporter of torch cannot write: shifts of signed numbers, and extremes over all dimensions."""
 
 from __future__ import annotations
 
@@ -33,9 +33,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def signed(x: Any) -> Any:
         return op.Cast(x, to=ir.DataType.INT64)
 
+    def extreme(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def written(x: Any, dim: Any = (), keepdim: Any = False) -> Any:
+            axes = [op.Constant(value_ints=list(dim))] if dim else []
+            return reduce(x, *axes, keepdims=int(keepdim))
+
+        return written
+
     aten: Any = torch.ops.aten
     rights = [aten.__rshift__.Tensor, aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor]
     lefts = [aten.__lshift__.Tensor, aten.__lshift__.Scalar, aten.bitwise_left_shift.Tensor]
     rights.append(aten.bitwise_right_shift.Tensor_Scalar)
     lefts.append(aten.bitwise_left_shift.Tensor_Scalar)
-    return {**dict.fromkeys(rights, right), **dict.fromkeys(lefts, left)}
+    extremes = {aten.amax.default: extreme(op.ReduceMax), aten.amin.default: extreme(op.ReduceMin)}
+    return {**extremes, **dict.fromkeys(rights, right), **dict.fromkeys(lefts, left)}
