@@ -28,7 +28,8 @@ class NBPO(nn.Module):
     that is served is x alone. Pairs of a logged row with label 0, or of a sampled row with label 1, add nothing.
 
     Yu, Qin, "Sampler design for implicit feedback data by noisy-label robust learning", SIGIR 2020 (arXiv 2007.07204).
-    What φ alone means is not settled by the data: (1 − φ)σ(x) is, and low rank and l2 divide it into its factors. The
+    What φ alone means is not settled by the data: (1 − φ)σ(x) is; low rank and the start divide it into its factors.
+    Left free, φ of `nbpo` settles at 1 − p, p the share of positives among a pair's rows, and the ranking suffers. The
     paper's sums over a batch are means here, so its learning rates have to be scaled.
 
     Args:
@@ -90,7 +91,7 @@ class NBPO(nn.Module):
             pair = positive_loss(x_i, g_i, self.form)[:, None] + sampled_loss(x_j, g_j, self.form)
             losses.append((y_i[:, None] * (1.0 - y_j) * pair).mean())
         loss = torch.stack(losses).mean()
-        if self.l2:
+        if self.l2 and len(self.flips):
             loss = loss + 0.5 * self.l2 * torch.stack([table.square().sum() for table in self.flips]).sum()
         return loss
 

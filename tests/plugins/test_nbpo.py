@@ -133,6 +133,25 @@ def test_a_positive_weighs_as_much_as_all_rows_sampled_for_it():
     assert found[1].tolist() == pytest.approx((4 * found[0]).tolist(), rel=1e-9)
 
 
+def test_the_flips_are_left_out_of_a_loss_without_them():
+    x, rows = batch(2, 1)
+    plain, decayed = (NBPO(("label",), SCHEMA, form="bpo", l2=l2).double() for l2 in (0.0, 0.3))
+    assert float(plain({"label": x}, rows)) == float(decayed({"label": x}, rows))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.6, 0.9])
+def test_a_flip_that_nothing_holds_settles_at_one_minus_the_rate_of_positives(rate):
+    """Whatever the truth is: what makes of it a probability of flips is low rank, and that it starts near 0."""
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    g = torch.tensor(-6.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([x, g], lr=0.05)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        (rate * positive_loss(x, g, "nbpo") + (1 - rate) * sampled_loss(x, g, "nbpo")).backward()
+        optimizer.step()
+    assert float(g.detach().sigmoid()) == pytest.approx(1 - rate, abs=0.01)
+
+
 def test_the_decay_is_over_the_whole_tables():
     torch.manual_seed(0)
     x, rows = batch(2, 1)

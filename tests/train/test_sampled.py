@@ -47,12 +47,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "1-fit" / "model.safetensors")
 
 
-@pytest.mark.parametrize("sampler", ["in_batch", "{use: dns, candidates: 3, temperature: 0.5}"])
-def test_a_stop_changes_nothing(tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    """Train whole, and stopped in the midst of the second epoch: the weights must be the same bits."""
     from recsys.cli import app
     from recsys.train import checkpoint, epochs
 
-    arguments = [*RECIPE, f"sampling.sampler={sampler}", "train.save_every=2"]
+    arguments = [*RECIPE, *overrides, "train.save_every=2"]
     app([*arguments, "--out", str(tmp_path / "whole")], standalone_mode=False)
     saved = 0
 
@@ -74,14 +74,43 @@ def test_a_stop_changes_nothing(tmp_path: Path, sampler: str, monkeypatch: pytes
     assert all(torch.equal(tensor, broken[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("sampler", ["in_batch", "{use: dns, candidates: 3, temperature: 0.5}"])
+def test_a_stop_changes_nothing(tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_and_resumed(tmp_path, monkeypatch, f"sampling.sampler={sampler}")
+
+
+OWN = (  # losses with weights or a state of their own
+    "{use: nbpo, dim: 4, l2: 0.001}",
+    "{use: cet, dim: 4, tau: 2.0}",
+    "{use: sampled_softmax, frequency: streaming}",
+)
+
+
+@pytest.mark.parametrize("loss", OWN)
+def test_what_a_loss_learns_survives_a_stop(tmp_path: Path, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_and_resumed(tmp_path, monkeypatch, f"loss={loss}")
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("loss", OWN[:2])
+def test_losses_with_weights_of_their_own_learn_alike_in_two_processes(tmp_path: Path, loss: str) -> None:
+    alike(tmp_path, ("two", "train.devices=2"), overrides=(f"loss={loss}",))
+
+
 @pytest.mark.ddp
 @pytest.mark.parametrize("sampler", SAMPLERS[2:])
 def test_two_processes_and_micro_batches_train_as_one(tmp_path: Path, sampler: str) -> None:
-    common = (*RECIPE, f"sampling.sampler={sampler}", "train.optimizer=sgd", "train.learning_rate=0.5")
-    for name, change in (("one", ()), ("parts", ("train.accumulate=3",)), ("two", ("train.devices=2",))):
-        recsys(*common, *change, "--out", tmp_path / name)
+    changes = (("parts", "train.accumulate=3"), ("two", "train.devices=2"))
+    alike(tmp_path, *changes, overrides=(f"sampling.sampler={sampler}",))
+
+
+def alike(tmp_path: Path, *changes: tuple[str, str], overrides: tuple[str, ...]) -> None:
+    """Train with each change and without: weights and losses must be the same but for rounding."""
+    common = (*RECIPE, *overrides, "train.optimizer=sgd", "train.learning_rate=0.5")
+    recsys(*common, "--out", tmp_path / "one")
     one = weights(tmp_path / "one")
-    for name in ("parts", "two"):
+    for name, change in changes:
+        recsys(*common, change, "--out", tmp_path / name)
         other = weights(tmp_path / name)
         assert max(float((tensor - other[key]).abs().max()) for key, tensor in one.items()) < 2e-6, name
         history = [json.loads((tmp_path / n / "1-fit" / "history.json").read_text())["epochs"] for n in ("one", name)]
