@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     given = parser.parse_args()
     print("| flip rate | bpo | nbpo | exact | Spearman of φ |\n|---|---|---|---|---|")
-    for rate in (0.0, 0.2):
+    for rate in (0.0, 0.2, 0.4):
         result = study(rate, given.seeds, given.steps)
         cells = [f"{statistics.mean(result.auc['bpo']):.4f}"]
         cells += ["{:+.4f} ± {:.4f}".format(*result.gain(form)) for form in ("nbpo", "exact")]

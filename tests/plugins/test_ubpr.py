@@ -192,3 +192,7 @@ def test_the_ranking_term_of_upl_does_not_move_its_estimate_and_the_other_way_ro
 @pytest.mark.parametrize("options", [{}, {"beta": None, "floor": 0.1}])
 def test_contract_ubpr(options):
     contract.without("bce_equality")("loss", UBPR, **options)
+
+
+def test_contract_upl():
+    contract.without("bce_equality")("loss", UPL, dim=4)
