@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from recsys.contracts import NULL_ID, UNKNOWN_ID, Batch
 from recsys.data.encode import Encoder
 from recsys.data.limits import LARGEST
 from recsys.data.numeric import NumericSpec
+from recsys.deploy.calibration import Calibration
 from recsys.deploy.spec import EncoderSpec, IdColumn
+from recsys.nn.model import Model
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+NEAR = 1e-6
+"""Numbers this close count as equal, for they are rounded on the way."""
+_SCORED = 8192
 _TYPES = {"int": "integer", "uint": "integer", "text": "string"}
 
 
@@ -35,7 +42,7 @@ def describe(encoder: Encoder, spec: EncoderSpec, sample: Batch) -> dict[str, An
         baseline: dict[str, Any] = {"missing": _share(missing)}
         if number.transform != "quantile" and sample.values is not None:
             known = sample.values.numpy()[~missing, f]
-            baseline["quantiles"] = _quantiles(known, encoder.numerics[number.column])
+            baseline |= _quantiles(known, encoder.numerics[number.column])
         columns.append(
             {
                 "name": number.column,
@@ -90,10 +97,40 @@ def _mean(x: npt.NDArray[np.int64]) -> float:
     return float(x.mean()) if len(x) else 0.0
 
 
-def _quantiles(scaled: npt.NDArray[np.float32], fitted: NumericSpec) -> dict[str, float]:
-    """Of the raw numbers, from those that were scaled."""
+def _quantiles(scaled: npt.NDArray[np.float32], fitted: NumericSpec) -> dict[str, dict[str, float]]:
+    """Of the raw numbers, from those that were scaled, and the share of rows that have at most each of them."""
     if not len(scaled):
-        return {}
-    y = np.quantile(scaled.astype(np.float64), QUANTILES) * fitted.scale + fitted.mean
-    raw = np.sign(y) * np.expm1(np.abs(y)) if fitted.transform == "log" else y
-    return {str(q): float(x) for q, x in zip(QUANTILES, np.clip(raw, -LARGEST, LARGEST), strict=True)}
+        return {"quantiles": {}, "at_most": {}}
+    edges = np.quantile(scaled.astype(np.float64), QUANTILES)
+    y = edges * fitted.scale + fitted.mean
+    raw = np.clip(np.sign(y) * np.expm1(np.abs(y)) if fitted.transform == "log" else y, -LARGEST, LARGEST)
+    shares = [_share(scaled <= edge + NEAR * max(1.0, abs(edge))) for edge in edges.tolist()]
+    return {
+        "quantiles": {str(q): float(x) for q, x in zip(QUANTILES, raw, strict=True)},
+        "at_most": {str(q): share for q, share in zip(QUANTILES, shares, strict=True)},
+    }
+
+
+def describe_scores(model: Model, sample: Batch, calibration: Calibration) -> dict[str, Any]:
+    """Return, for each task, quantiles of the probabilities in training and the share of rows with at most each.
+
+    Args:
+        model: trained.
+        sample: encoded training rows; of many, some thousands are scored.
+        calibration: of the bundle.
+    """
+    part = slice(None, None, max(1, len(sample) // _SCORED))
+    history = {name: (events[part], length[part]) for name, (events, length) in sample.history.items()}
+    values = None if sample.values is None else sample.values[part]
+    rows = replace(sample, ids=sample.ids[part], values=values, history=history, label={}, context={})
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        logits = model(rows.to(next(model.parameters()).device))
+    model.train(was_training)
+    found = calibration.probabilities({task: z.double().cpu().numpy() for task, z in logits.items()})
+    scores = {}
+    for task, p in found.items():
+        edges = np.unique(np.quantile(p[np.isfinite(p)], QUANTILES)).tolist() if np.isfinite(p).any() else []
+        scores[task] = {"edges": edges, "at_most": [_share(p <= edge + NEAR) for edge in edges]}
+    return scores

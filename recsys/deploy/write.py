@@ -20,7 +20,7 @@ from recsys.deploy import bundle as files
 from recsys.deploy import golden
 from recsys.deploy.calibration import Calibration
 from recsys.deploy.card import card, card_text, components
-from recsys.deploy.columns import describe
+from recsys.deploy.columns import describe, describe_scores
 from recsys.deploy.graph import input_names, onnx_graph
 from recsys.deploy.predictor import load
 from recsys.deploy.spec import EncoderSpec, IdColumn, ListGroup, NumberColumn, Vocabulary
@@ -82,7 +82,8 @@ def write_bundle(
     _json(folder / files.CALIBRATION, curves.to_json())
     rows = _write_golden(folder, encoder, model, curves)
     _lines(folder / files.WARMUP, rows[:64])
-    _json(folder / files.COLUMNS, describe(encoder, spec, sample))
+    scores = describe_scores(model, sample, curves)
+    _json(folder / files.COLUMNS, {**describe(encoder, spec, sample), "scores": scores})
     _json(folder / "recipe.json", _public(facts.recipe))
     told = {
         "versions": {"recsys": recsys.__version__, "python": platform.python_version(), **_versions(PACKAGES)},
