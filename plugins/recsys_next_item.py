@@ -31,12 +31,23 @@ class ItemTable(TypedDict):
     column: str
 
 
+class UserTable(TypedDict):
+    """A property of every user: `{path: users.parquet, on: user_id, column: gender}`."""
+
+    path: str
+    on: str
+    column: str
+
+
 class NextItem:
     """Every event of a log as a positive row, with negatives drawn at random and the user's earlier events.
 
     The columns of a row are those named by `user`, `item` and `time`, then `label` (1, or 0 for a negative),
     `history` (list of the items of the user's earlier events, oldest first) and, with `items`, the item's property
     under its own name and `history_property` (the same of the events). Events of equal time never see each other.
+    With `users`, the user's property is there under its own name, and its class under `property_class`: the place of
+    the value among all values of that table in ascending order, from 0, and -1 where it is not known; as the context
+    `attribute` of a loss, for instance.
 
     Negatives: of each positive, `negatives` rows with the same user, time and history, whose items are drawn
     independently and uniformly from all items of the log that the user has nowhere in the log. A draw depends on
@@ -55,6 +66,7 @@ class NextItem:
         least: events that a user must have before a row, so that there is a history.
         max_length: newest events kept in a history.
         items: property of the items that is added: `{path, on, column}`; of a list, its last value.
+        users: property of the users that is added: `{path, on, column}`.
         split: last or time.
         valid: share of the events for valid, for `split: time`.
         test: share of the events for test, for `split: time`.
@@ -73,12 +85,13 @@ class NextItem:
         least: PositiveInt = 1,
         max_length: PositiveInt = 50,
         items: ItemTable | None = None,
+        users: UserTable | None = None,
         split: Literal["last", "time"] = "last",
         valid: Share = 0.1,
         test: Share = 0.1,
         seed: int = 0,
     ) -> None:
-        self._root, self._path, self._items = root, path, items
+        self._root, self._path, self._items, self._users = root, path, items, users
         self._user, self._item, self._time = user, item, time
         self._negatives, self._least, self._max_length = negatives, least, max_length
         self._split, self._valid, self._test, self._seed = split, valid, test, seed
@@ -98,10 +111,11 @@ class NextItem:
 
     def identity(self) -> str:
         """Return a text that is equal exactly when the rows are."""
-        names = [self._path, *([self._items["path"]] if self._items else [])]
+        names = [self._path, *(table["path"] for table in (self._items, self._users) if table)]
         digests = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for name in names for f in self._root.find(name)]
         options = (self._user, self._item, self._time, self._negatives, self._least, self._max_length)
-        return repr((digests, options, self._items, self._split, self._valid, self._test, self._seed))
+        described = (digests, options, self._items, self._split, self._valid, self._test, self._seed)
+        return repr(described if self._users is None else (*described, self._users))
 
     def _build(self) -> pl.DataFrame:
         log = self._read(self._path, (self._user, self._item, self._time))
@@ -130,6 +144,24 @@ class NextItem:
             frame = frame.with_columns(
                 value.gather(target).alias(name),
                 _lists(f"history_{name}", value.gather(taken), start[event], stop[event]),
+            )
+        if self._users is not None:
+            users = log[self._user].unique().sort()
+            value = self._property(users, self._users)
+            every = self._read(self._users["path"], (self._users["column"],)).to_series().drop_nulls().unique().sort()
+            place = (
+                value.to_frame()
+                .join(
+                    pl.DataFrame({value.name: every, "__class": np.arange(len(every))}),
+                    on=value.name,
+                    how="left",
+                    maintain_order="left",
+                )["__class"]
+                .fill_null(-1)
+            )
+            frame = frame.with_columns(
+                value.gather(user[event]).alias(self._users["column"]),
+                place.gather(user[event]).alias(f"{self._users['column']}_class"),
             )
         return frame.sort(self._time, maintain_order=True)
 
@@ -165,8 +197,8 @@ class NextItem:
                 return found.reshape(self._negatives, len(rows))
         raise DataError(f"source next_item: a user of {self._path!r} has nearly all of the {count} items; none is left")
 
-    def _property(self, names: pl.Series, table: ItemTable) -> pl.Series:
-        """Return the property of the items, in the order of `names`; null where the table lacks the item."""
+    def _property(self, names: pl.Series, table: ItemTable | UserTable) -> pl.Series:
+        """Return the property of the items or users, in the order of `names`; null where the table lacks one."""
         known = self._read(table["path"], (table["on"], table["column"]))
         twice = known.filter(pl.col(table["on"]).is_duplicated())
         if not twice.is_empty():

@@ -128,6 +128,24 @@ def test_the_property_of_an_item_is_its_last_value(tmp_path):
         rows_of(NextItem(root, path="log.parquet", items=table))
 
 
+def test_the_property_of_a_user_comes_with_its_place_among_all_values(tmp_path):
+    root = written(tmp_path, [(u, i, t) for u in (3, 7, 9) for t, i in enumerate((u, u + 1, u + 2))])
+    table = {"path": "users.parquet", "on": "user", "column": "age"}
+    ages = pl.DataFrame({"user": [9, 7, 1], "age": [56, 18, 35]})
+    ages.write_parquet(tmp_path / "users.parquet")
+    plain = NextItem(root, path="log.parquet")
+    source = NextItem(root, path="log.parquet", users=table)
+    found = rows_of(source)
+    for name, frame in found.items():
+        assert frame.drop("age", "age_class").equals(plain.scan(name).collect())
+    rows = pl.concat(found.values()).select("user", "age", "age_class").rows()
+    assert set(rows) == {(3, None, -1), (7, 18, 0), (9, 56, 2)}
+    before = source.identity()
+    assert before != plain.identity()
+    ages.head(2).write_parquet(tmp_path / "users.parquet")
+    assert source.identity() != before
+
+
 def test_wrong_input_is_named(tmp_path):
     root = written(tmp_path, [(0, 1, 0), (0, 2, 1)])
     with pytest.raises(DataError, match="nearly all of the 2 items"):
