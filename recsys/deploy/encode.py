@@ -174,7 +174,7 @@ class _Numbers:
         self._columns = columns
         self._readers = [(c.column, NumberReader(c)) for c in columns]
         self._log = np.array([c.transform == "log" for c in columns], dtype=bool)
-        self._any_log = bool(self._log.any())
+        self._any_log, self._all_log = bool(self._log.any()), bool(self._log.all())
         self._mean = np.array([c.mean for c in columns], dtype=np.float64)
         self._scale = np.array([c.scale for c in columns], dtype=np.float64)
         self._buckets = [(f, c.bounds) for f, c in enumerate(columns) if c.transform == "quantile"]
@@ -216,12 +216,19 @@ class _Numbers:
         return ids, values
 
     def _scaled(self, x: Floats) -> tuple[Ids, npt.NDArray[np.float32]]:
-        missing = np.isnan(x)
-        y = np.where(self._log, np.sign(x) * np.log1p(np.abs(x)), x) if self._any_log else x
+        y = x
+        if self._any_log:
+            log = np.sign(x) * np.log1p(np.abs(x))
+            y = log if self._all_log else np.where(self._log, log, x)
         with np.errstate(over="ignore"):
-            scaled = np.clip((y - self._mean) / self._scale, -LARGEST, LARGEST)
-        values = np.where(missing, 1.0, scaled).astype(np.float32)
-        return np.where(missing, NULL_ID, NUMERIC_VALUE_ID), values
+            scaled = (y - self._mean) / self._scale
+        np.minimum(scaled, LARGEST, out=scaled)
+        np.maximum(scaled, -LARGEST, out=scaled)
+        missing = x != x  # NaN
+        scaled[missing] = 1.0
+        ids = np.full(x.shape, NUMERIC_VALUE_ID, dtype=np.int64)
+        ids[missing] = NULL_ID
+        return ids, scaled.astype(np.float32)
 
 
 def _read(reader: IdReader | NumberReader, values: Sequence[Any], column: str) -> Any:
