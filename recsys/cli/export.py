@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recsys.cli.extras import make_console, require
+from recsys.cli.extras import PluginFiles, Without, make_console, open_registry, require
 from recsys.errors import ExportError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from recsys.plugin.registry import Registry
 
 
 def command(
@@ -36,6 +41,21 @@ def command(
     image: Annotated[
         str | None, typer.Option("--image", help="For KServe, a container image in which `recsys serve` can be run.")
     ] = None,
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="LIBRARY", help="An index of the run's items: usearch.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For an index, its folder.")] = None,
+    items: Annotated[
+        list[str] | None,
+        typer.Option("--items", metavar="FIELD", help="For an index, a field of the item, its id first; repeated."),
+    ] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option("--catalogue", metavar="FILE", help="For an index, a row for each item: .parquet, .csv, .ndjson."),
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="For an index, whose score; the first by default.")] = None,
+    plugin: PluginFiles = None,
+    without: Without = None,
     name: Annotated[str, typer.Option("--name", help="The model's name for the server.")] = "recsys",
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="For Triton, encoder and graph as two models, joined by the server.")
@@ -59,14 +79,22 @@ def command(
     `recsys export runs/mine --mlflow mine_mlflow`
     `recsys export runs/mine --kserve ctr.yaml --name ctr --storage s3://models/ctr --image registry/recsys`
 
-    Needs onnx and onnxruntime (for MLflow and KServe neither), not torch. Every file of the bundle is compared with its
-    hash first.
+    `recsys export runs/mine --index usearch --items item --out items`
+
+    Needs onnx and onnxruntime (for MLflow and KServe neither), not torch; an index needs torch and a run. Every file
+    of the bundle is compared with its hash first.
     """
     from recsys.deploy.bundle import open_bundle
 
-    if onnx is None and triton is None and mlflow is None and kserve is None:
-        raise ExportError("say what to write: --onnx FILE, --triton DIR, --mlflow DIR or --kserve FILE")
+    if not any((onnx, triton, mlflow, kserve, index)):
+        raise ExportError(
+            "say what to write: --onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE or --index LIBRARY"
+        )
     console = make_console()
+    if index is not None:
+        _write_index(bundle, index, out, items or [], catalogue, task, open_registry(plugin, without), console)
+    if not any((onnx, triton, mlflow, kserve)):
+        return
     inside = bundle / "bundle"
     opened = open_bundle(inside if inside.is_dir() else bundle)
     if mlflow is not None:
@@ -98,3 +126,24 @@ def command(
         batching = Batching(max_batch, delay, instances)
         for folder in write_triton(graphs, triton, name, ensemble=ensemble, batching=batching):
             console.print(str(folder), highlight=False, markup=False)
+
+
+def _write_index(
+    run: Path,
+    library: str,
+    out: Path | None,
+    items: list[str],
+    catalogue: Path | None,
+    task: str | None,
+    registry: Registry,
+    console: Console,
+) -> None:
+    if library != "usearch":
+        raise ExportError(f"--index {library}: usearch is the only library there is")
+    if out is None or not items:
+        raise ExportError("an index needs --out DIR, and --items FIELD for each field of the item, its id first")
+    require("index")
+    from recsys.recipe.items import export_index
+
+    told = export_index(run, registry, out, items, catalogue=catalogue, task=task, console=console)
+    console.print(f"{out}: {told}", highlight=False, markup=False)

@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,13 +83,22 @@ def onnx_graph(model: Model) -> bytes:
     graph.eval()
     try:
         with torch.no_grad(), _quietly():
-            return _bytes(_exported(graph), input_names(model.schema))
+            return _bytes(_exported(graph, model.schema), input_names(model.schema), OUTPUTS)
     finally:
         graph.model.train(was_training)
 
 
-def _exported(graph: Graph) -> ExportedProgram:
-    schema = graph.model.schema
+def onnx_of(module: nn.Module, schema: EncodedSchema, outputs: Sequence[str]) -> bytes:
+    """Return a module that takes the inputs of `Graph`, on the CPU and in eval, as ONNX.
+
+    Raises:
+        RecipeError: as `onnx_graph`.
+    """
+    with torch.no_grad(), _quietly():
+        return _bytes(_exported(module, schema), input_names(schema), outputs)
+
+
+def _exported(graph: nn.Module, schema: EncodedSchema) -> ExportedProgram:
     batch = Dim("batch", min=1)
     ids = torch.zeros(_ROWS, len(schema.fields), dtype=torch.int64)
     inputs: list[Tensor] = [ids, torch.ones(ids.shape)] if schema.has_numeric else [ids]
@@ -108,7 +117,7 @@ def _exported(graph: Graph) -> ExportedProgram:
         raise RecipeError(f"the model cannot be exported as a graph: {_told(error)}") from error
 
 
-def _bytes(program: ExportedProgram, names: list[str]) -> bytes:
+def _bytes(program: ExportedProgram, names: list[str], outputs: Sequence[str]) -> bytes:
     try:
         found = torch.onnx.export(
             program,
@@ -116,7 +125,7 @@ def _bytes(program: ExportedProgram, names: list[str]) -> bytes:
             optimize=True,
             verbose=False,
             input_names=names,
-            output_names=list(OUTPUTS),
+            output_names=list(outputs),
             custom_translation_table=translations(),
         )
     except Exception as error:

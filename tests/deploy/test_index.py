@@ -1,0 +1,178 @@
+"""An index finds the items that the trainer scores highest, for models that are two sides; others are refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import made
+import numpy as np
+import polars as pl
+import pytest
+
+from recsys.deploy.golden import training_logits
+from recsys.deploy.graph import onnx_of
+from recsys.deploy.index import Retriever, write_index
+from recsys.deploy.predictor import load
+from recsys.deploy.sides import Sides, two_sides
+from recsys.errors import BundleError, ExportError
+from recsys.nn.model import Model
+from recsys.recipe.items import encoded
+
+pytest.importorskip("usearch", reason="usearch is not installed (the extra `index`)")
+
+DATA: dict[str, Any] = {**made.DATA, **made.LISTS}
+FACTORS: dict[str, Any] = {
+    "embedding": {"use": "table", "dim": 4, "init_std": 0.3},
+    "interaction": "fm",
+    "sequence": "mean_pool",
+    "head": {"wide": True},
+}
+CATALOGUE = pl.DataFrame({"item": [f"i{n}" for n in range(30)], "shop": [f"s{n % 9}" for n in range(30)]})
+LOGS = made.LOGS.drop("click", "buy")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
+    folder = tmp_path_factory.mktemp("index")
+    encoder, model = made.write(folder / "bundle", DATA, FACTORS)
+    sides = two_sides(model, ["item", "shop"], encoded(encoder, CATALOGUE), "click")
+    user = onnx_of(sides.user, model.schema, ["vector"])
+    predictor = load(folder / "bundle")
+    items = CATALOGUE["item"].to_list()
+    write_index(folder / "items", predictor.id, ["item", "shop"], items, sides.items.numpy(), user, sides.gap)
+    return encoder, model, folder
+
+
+def brute_force(encoder: Any, model: Model, logs: pl.DataFrame) -> list[list[float]]:
+    """The trainer's score of each row with each item in it."""
+    found = []
+    for item, shop in CATALOGUE.iter_rows():
+        asked = logs.with_columns(pl.lit(item).alias("item"), pl.lit(shop).alias("shop"))
+        found.append(training_logits(encoder, model, asked)["click"].tolist())
+    return [list(scores) for scores in zip(*found, strict=True)]
+
+
+def test_the_top_of_the_index_is_that_of_the_trainers_scores(parts: tuple[Any, Model, Path]) -> None:
+    encoder, model, folder = parts
+    logs = LOGS.with_columns(pl.when(pl.int_range(pl.len()) % 5 == 0).then(10**6).otherwise("user").alias("user"))[:80]
+    retriever = Retriever(load(folder / "bundle"), folder / "items")
+    rows = [{name: value for name, value in row.items() if name not in ("item", "shop")} for row in logs.to_dicts()]
+    wanted = brute_force(encoder, model, logs)
+    items = CATALOGUE["item"].to_list()
+    exact, approximate = retriever.top(rows, 7, exact=True), retriever.top(rows, 7)
+    same = 0
+    for scores, best, near in zip(wanted, exact, approximate, strict=True):
+        order = sorted(range(30), key=lambda i: -scores[i])
+        for rank, found in enumerate(best):
+            real = scores[items.index(found.item)]
+            assert real >= scores[order[rank]] - 1e-5  # but for ties, the very item
+            assert abs((real - found.score) - (scores[order[0]] - best[0].score)) <= 1e-5  # the same number for all
+        assert len({found.item for found in best}) == 7
+        same += len({f.item for f in near} & {f.item for f in best})
+    assert same >= 0.95 * 7 * len(rows)
+    assert len({best[0].item for best in exact}) > 2  # rows differ in what they want
+
+
+def test_vectors_are_as_short_as_the_model_allows(parts: tuple[Any, Model, Path]) -> None:
+    encoder, model, _ = parts
+    sides = two_sides(model, ["item"], encoded(encoder, CATALOGUE), "click")
+    assert sides.items.shape == (30, 4 + 1)
+    assert sides.gap <= 1e-5
+
+
+def sides_of(model: dict[str, Any], item: str = "item", task: str = "click") -> Sides:
+    encoder = made.encoder_of(DATA)
+    built = made.model_of(encoder, DATA, {"embedding": FACTORS["embedding"], **model})
+    return two_sides(built, [item], encoded(encoder, CATALOGUE), task)
+
+
+def test_first_order_weights_alone_are_two_sides() -> None:
+    sides = sides_of({"interaction": "logistic_regression", "head": {"wide": True}})
+    assert sides.items.shape[1] == 1 or bool((sides.items[:, :-1].std(0) < 1e-6).all())
+    assert float(sides.items[:, -1].std()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"interaction": {"use": "mlp", "hidden": [8]}},
+        {"interaction": ["fm", {"use": "mlp", "hidden": [8]}]},
+        {"interaction": "cross"},
+        {"interaction": "fm", "sequence": "din"},
+    ],
+    ids=["mlp", "deepfm", "cross", "din"],
+)
+def test_models_that_are_no_dot_product_are_refused(model: dict[str, Any]) -> None:
+    with pytest.raises(ExportError, match=r"no dot product of item with the rest: its scores differ by [0-9.e-]+ "):
+        sides_of(model)
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(ExportError, match=r"--items: no field 'itm'. Did you mean 'item'\?"):
+        sides_of(FACTORS, item="itm")
+    with pytest.raises(ExportError, match=r"--task: no task 'buy'. Tasks: click"):
+        sides_of(FACTORS, task="buy")
+
+
+def test_an_index_of_another_bundle_or_altered_is_refused(
+    parts: tuple[Any, Model, Path], whole: Path, tmp_path: Path
+) -> None:
+    _, _, folder = parts
+    with pytest.raises(BundleError, match=r"items: an index of bundle [0-9a-f]{64}, not of [0-9a-f]{64}"):
+        Retriever(load(whole), folder / "items")
+    copy = tmp_path / "items"
+    copy.mkdir()
+    for path in (folder / "items").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    predictor = load(folder / "bundle")
+    Retriever(predictor, copy)
+    for name in ("items.json", "user.onnx", "index.usearch"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + b"!")
+        with pytest.raises(BundleError, match=f"{name}: altered after the index was written"):
+            Retriever(predictor, copy)
+        (copy / name).unlink()
+        with pytest.raises(BundleError, match=f"{name}: cannot be read"):
+            Retriever(predictor, copy)
+        (copy / name).write_bytes(content)
+
+
+RECIPE = """
+data:
+  source: {use: files, path: logs.parquet}
+  label: click
+  categorical: [user, item, shop]
+  split: {by: hash, valid: 0.1, test: 0.1}
+model: {embedding: {use: table, dim: 4}, interaction: fm, head: {wide: true}}
+stages: [{use: fit, epochs: 1}, export]
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "recsys.cli", *arguments], capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.slow
+def test_the_command_writes_an_index_of_a_run(tmp_path: Path) -> None:
+    made.LOGS.select("user", "item", "shop", "click").write_parquet(tmp_path / "logs.parquet")
+    CATALOGUE.write_csv(tmp_path / "catalogue.csv")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    done = run(tmp_path, "train", "r.yaml", "--out", "mine")
+    assert done.returncode == 0, done.stderr
+    call = ("export", "mine", "--index", "usearch", "--items", "item")
+    done = run(tmp_path, *call, "--out", "items")
+    assert done.returncode == 0, done.stderr
+    assert "30 items with 5 numbers each" in done.stdout
+    retriever = Retriever(load(tmp_path / "mine" / "bundle"), tmp_path / "items")
+    predictor = load(tmp_path / "mine" / "bundle")
+    (found,) = retriever.top([{"user": 4, "shop": "s3"}], 30, exact=True)
+    scores = predictor.predict([{"user": 4, "shop": "s3", "item": f.item} for f in found]).logit["label"]
+    assert (np.diff(scores) <= 1e-6).all()
+    assert len({f.item for f in found}) == 30
+    refused = run(tmp_path, *call, "--items", "shop", "--out", "more")
+    assert refused.returncode == 1
+    assert "which of them belong together? Give --catalogue FILE" in refused.stderr
+    assert run(tmp_path, *call, "--items", "shop", "--catalogue", "catalogue.csv", "--out", "more").returncode == 0
+    refused = run(tmp_path, *call, "--out", "items")
+    assert refused.stderr == "error: items: exists; remove it, or choose another --out\n"
