@@ -39,6 +39,7 @@ data:
   categorical: [c, d]
 model: {embedding: {use: table}, interaction: {use: mlp, hidden: [4]}}
 train: {epochs: 2, batch_size: 64}
+stages: [{use: fit}, {use: evaluate}, {use: export, bundle: false}]
 """
     )
     rows = [f"{i % 7},{i % 5},{int((i % 7 + i * i % 5) % 3 == 0)}" for i in range(600)]

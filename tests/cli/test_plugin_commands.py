@@ -186,8 +186,10 @@ def test_every_snippet_makes_a_recipe_that_is_accepted_and_means_the_defaults(tm
     assert registry.all()
     for entry in registry.all():
         kind, name = entry.component.kind, entry.component.name
-        pasted = yaml.safe_load(snippet(entry).replace("…", "'8'"))
+        pasted = yaml.safe_load(snippet(entry).replace("items: …", "items: ['8']").replace("…", "'8'"))
         whole = yaml.safe_load(QUICKSTART)
+        if kind == "sampler":
+            whole["sampling"] = {"item": "item", "user": "user"}
         for block, value in pasted.items():
             whole[block] = {**whole.get(block, {}), **value} if isinstance(value, dict) and block != "loss" else value
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole))
@@ -195,6 +197,8 @@ def test_every_snippet_makes_a_recipe_that_is_accepted_and_means_the_defaults(tm
 
         used = [*recipe.parts.values(), *recipe.interactions, recipe.loss, *recipe.stages]
         used += [registry.check("source", recipe.data.source, "data.source")]
+        used += [recipe.sampling.sampler] if recipe.sampling else []
+        used += [recipe.propensity] if recipe.propensity else []
         for stage in recipe.stages:
             for other in ("metric", "exporter"):
                 used += [registry.check(other, spec, "here") for spec in stage.options.get(f"{other}s", ())]

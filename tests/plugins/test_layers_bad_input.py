@@ -14,11 +14,15 @@ SEQUENCES = REGISTRY.names("sequence")
 ALONE = {"fwfm", "fm", "nfm"}
 """Sums over pairs of fields: of one field there are none, and the output is a constant."""
 
+NAMED = {"macr": {"user": "f0", "item": "f1"}}
+"""Options of layers that read fields by name."""
+
 
 def interaction(name, count, dim):
     torch.manual_seed(0)
     fields = Fields(tuple(f"f{i}" for i in range(count)), (10,) * count, dim)
-    return REGISTRY.build("interaction", name, fields, where="model.interaction")
+    spec = {"use": name, **NAMED.get(name, {})}
+    return REGISTRY.build("interaction", spec, fields, where="model.interaction")
 
 
 def refusal(name, count, dim):
