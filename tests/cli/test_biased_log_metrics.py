@@ -57,6 +57,7 @@ def recsys(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_and_one_tell_the_same(folder):
     done = recsys(folder, "train", "recipe.yaml", "train.devices=2", "--out", "run", "--json")

@@ -63,6 +63,7 @@ def test_a13_a_chunked_body_of_65_mb(server: Server) -> None:
     assert status(reply) == 413
 
 
+@pytest.mark.slow
 def test_a13_half_a_million_pieces_of_six_bytes(server: Server) -> None:
     head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
     reply = server.raw(head + b"6\r\n      \r\n" * 500_000 + b"0\r\n\r\n", 60.0)

@@ -116,7 +116,9 @@ def test_first_order_weights_that_pass_the_gates_by_are_told_once(selector, wide
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("first", ["{use: bilevel_fit, rate: 0.1}", "{use: fit, name: search}"])
+@pytest.mark.parametrize(
+    "first", ["{use: bilevel_fit, rate: 0.1}", pytest.param("{use: fit, name: search}", marks=pytest.mark.slow)]
+)
 def test_two_processes_find_one_set_of_gates_and_train_what_is_left(tmp_path, first):
     level = "null" if "bilevel" in first else "0.1"
     changes = ("data.source.rows=3000", "train.batch_size=250", "train.epochs=2", "train.devices=2", "train.threads=1")
