@@ -158,7 +158,9 @@ def test_equal_scores_are_told(tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("method", ["permutation", "shark", "sfs"])
+@pytest.mark.parametrize(
+    "method", ["shark", *(pytest.param(other, marks=pytest.mark.slow) for other in ("permutation", "sfs"))]
+)
 def test_two_processes_come_to_the_scores_of_one_and_train_what_is_left(tmp_path, method):
     changes = (*SMALL, "train.eval_batch_size=64", f"model.selector={method}", "model.embedding.init_std=0.3")
     run, recipe, _ = start(tmp_path, *changes, "stages=[{use: rank_fields}, {use: prune}]")

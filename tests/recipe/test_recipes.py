@@ -63,7 +63,7 @@ def test_it_is_sound_on_its_data(name: str, registry: Registry, recsys_data: Pat
     dry = dry_run(recipe, registry, recsys_data, 2000)
     assert "test" in dry.splits
     assert "valid" in dry.splits, "early stopping needs a validation split"
-    assert dry.flops > 0 or {part.name for part in recipe.interactions} <= {"fm", "lr"}
+    assert dry.flops > 0 or {part.name for part in recipe.interactions} <= {"fm", "logistic_regression"}
 
 
 SIMULATED = sorted((FOLDER / "simulated").glob("*.yaml"))

@@ -92,13 +92,15 @@ def test_what_a_loss_learns_survives_a_stop(tmp_path: Path, loss: str, monkeypat
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("loss", OWN[:2])
+@pytest.mark.parametrize("loss", [OWN[0], pytest.param(OWN[1], marks=pytest.mark.slow)])
 def test_losses_with_weights_of_their_own_learn_alike_in_two_processes(tmp_path: Path, loss: str) -> None:
     alike(tmp_path, ("two", "train.devices=2"), overrides=(f"loss={loss}",))
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("sampler", SAMPLERS[2:])
+@pytest.mark.parametrize(
+    "sampler", [SAMPLERS[2], *(pytest.param(other, marks=pytest.mark.slow) for other in SAMPLERS[3:])]
+)
 def test_two_processes_and_micro_batches_train_as_one(tmp_path: Path, sampler: str) -> None:
     changes = (("parts", "train.accumulate=3"), ("two", "train.devices=2"))
     alike(tmp_path, *changes, overrides=(f"sampling.sampler={sampler}",))
