@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.deploy.graph_check import check_graph
-from recsys.errors import BundleError, listing
+from recsys.errors import BundleError, did_you_mean, listing
 
 SCHEMA = 1
 """Version of the layout."""
@@ -123,7 +123,8 @@ def open_bundle(folder: Path, *, trust_code: bool = False) -> Bundle:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder")
+        near = did_you_mean(folder.name, [path.parent.name for path in folder.absolute().parent.glob(f"*/{MANIFEST}")])
+        raise BundleError(f"{folder}: no such folder.{near}")
     found = _regular_files(folder)
     if MANIFEST not in found:
         raise BundleError(f"{path}: missing; this is no bundle")

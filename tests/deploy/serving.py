@@ -125,3 +125,14 @@ def tensors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         values = ["|".join(row[name]) if isinstance(row[name], list) else row[name] for row in rows]
         found.append({"name": name, "shape": [len(rows)], "datatype": kinds.get(name, "BYTES"), "data": values})
     return found
+
+
+def status(reply: bytes) -> int:
+    """Return the status of a raw reply, whose body must be an error of the protocol."""
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert list(json.loads(body)) == ["error"], reply
+    return int(head.split()[1])
+
+
+GOOD = {tensor["name"]: tensor for tensor in tensors([{**ROW, "past": ["i3"], "past_shop": ["s1"]}] * 2)}
+"""Tensors of two good rows, by name."""

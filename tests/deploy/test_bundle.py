@@ -86,6 +86,8 @@ def test_a3_extra_missing_and_swapped_files(copy: Path, tmp_path: Path) -> None:
             load(copy)
         (copy / name).write_bytes(content)
     load(copy)
+    with pytest.raises(BundleError, match=r"no such folder\. Did you mean 'bundle'\?"):
+        load(tmp_path / "bundel")
     (copy / MANIFEST).unlink()
     with pytest.raises(BundleError, match=r"manifest.json: missing; this is no bundle"):
         load(copy)

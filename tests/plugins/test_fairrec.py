@@ -270,7 +270,8 @@ def probe(u, attribute):
 
 
 @pytest.mark.slow
-def test_the_served_part_forgets_the_attribute_and_keeps_the_taste():
+def test_the_served_part_forgets_the_attribute_at_a_price():
+    """The price is high in this world: the AUC falls by about a tenth; what is asserted is that a taste is left."""
     data = users(torch.Generator().manual_seed(0))
     plain, told, _ = trained(data, predict=0.0, orthogonal=0.0, adversarial=0.0)
     fair, hidden, spread = trained(data, predict=0.5, orthogonal=0.1, adversarial=0.12)
@@ -278,7 +279,7 @@ def test_the_served_part_forgets_the_attribute_and_keeps_the_taste():
     assert hidden["free"] < 0.62
     assert hidden["aware"] > 0.9
     assert spread > 0.1  # forgetting everything is no way to forget one thing
-    assert plain > fair > 0.6  # a short training; what it costs in the end is measured by the recipes of MovieLens 1M
+    assert plain > fair > 0.6
 
 
 def test_contract():
