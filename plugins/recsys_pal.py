@@ -61,9 +61,9 @@ class PAL(nn.Module):
         a = self.bias.to(x.dtype)
         if self.form == "sum":
             x = x + torch.cat([a.new_zeros(1), a]).index_select(0, position)
-            return F.softplus(x) - label.to(x.dtype) * x
+            return _bce(x, label)
         # The first position is certain to be seen; its logit would be infinite.
-        at_first = F.softplus(x) - label.to(x.dtype) * x
+        at_first = _bce(x, label)
         elsewhere = product_bce(a.index_select(0, (position - 1).clamp(min=0)), x, label)
         return at_first.where(position == 0, elsewhere)
 
@@ -71,6 +71,11 @@ class PAL(nn.Module):
         """How much likelier the first position's look, or with the sum its odds of a click, `[K]`; the first is 1."""
         a = self.bias.detach()
         return torch.cat([a.new_ones(1), torch.sigmoid(a) if self.form == "product" else a.exp()])
+
+
+def _bce(x: Tensor, label: Tensor) -> Tensor:
+    """`[B], [B] -> [B]`, to the last digit: `softplus` is a straight line above 20."""
+    return F.binary_cross_entropy_with_logits(x, label.to(x.dtype), reduction="none")
 
 
 @hookimpl

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from slates import LOOK, SHOWN, draw, learned, naive
 
@@ -37,6 +37,7 @@ row = st.tuples(st.floats(-20, 20), st.integers(0, 1), st.integers(0, 6), st.flo
     st.lists(st.floats(-6, 6), min_size=3, max_size=3),
     st.sampled_from(["product", "sum"]),
 )
+@example([(18.0, 1, 2, 1.0), (20.5, 1, 0, 2.0)], [0.0, 3.0, 0.0], "sum")
 def test_loss_and_gradients_row_by_row(rows, bias, form):
     xs, ys, places, weights = (list(column) for column in zip(*rows, strict=True))
     loss = PAL(("label",), positions=4, form=form).double()
