@@ -231,7 +231,7 @@ class InteractingLayer(nn.Module):
             else:
                 out = _in_blocks(e, self.weight, self.bias, sizes, keep=False)[0]
         else:
-            out = self._mixed(e)
+            out = self._by_parts(e) if torch.compiler.is_exporting() else self._mixed(e)
             out = out.relu() if rectified else out
         out = out + e if identity else out
         out = self.norm(out) if self.norm is not None and norm_first else out
@@ -251,6 +251,19 @@ class InteractingLayer(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         return sum(residual, mixed.transpose(1, 2).flatten(2))
+
+    def _by_parts(self, e: Tensor) -> Tensor:
+        """What `_mixed` gives, each part of each head projected alone: a graph need not cut or turn it afterwards."""
+        head, last = self.width // self.heads, 3 * self.width
+        q, k, v = ([self._part(e, p * self.width + h * head, head) for h in range(self.heads)] for p in range(3))
+        shares = [torch.softmax(q * self.scale @ k.mT, -1) for q, k in zip(q, k, strict=True)]
+        mixed = torch.cat([s @ v for s, v in zip(shares, v, strict=True)], 2)
+        return mixed if self.parts == 3 else mixed + self._part(e, last, self.width)
+
+    def _part(self, e: Tensor, first: int, width: int) -> Tensor:
+        """`width` of the projections alone, `[B, F, D] -> [B, F, width]`."""
+        own = slice(first, first + width)
+        return _projected(e, self.weight[own], None if self.bias is None else self.bias[own])
 
     def _by_head(self, x: Tensor) -> Tensor:
         """`[B, F, width] -> [B, heads, F, d']`."""

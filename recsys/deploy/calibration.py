@@ -102,6 +102,5 @@ class Calibration:
 
 def sigmoid(logit: Floats) -> Floats:
     """Return 1 / (1 + exp(-z)) without overflow, `[B] -> [B]`."""
-    with np.errstate(over="ignore"):
-        small = np.exp(-np.abs(logit))
-        return np.where(logit >= 0, 1.0, small) / (1.0 + small)
+    small = np.exp(-np.abs(logit))
+    return np.where(logit >= 0, 1.0, small) / (1.0 + small)

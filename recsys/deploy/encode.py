@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +53,8 @@ class RowEncoder:
         self.spec = spec
         self._tables = tables
         self._readers = {c.column: self._reader(c, EXACT_DOUBLE) for c in self._id_columns()}
-        self._singles = [(c.column, r.direct, r.get, r.one) for c in spec.ids for r in (self._readers[c.column],)]
+        self._singles = [(r.direct, r.get, r.one) for r in (self._readers[c.column] for c in spec.ids)]
+        self._take = _taker([c.column for c in spec.ids])
         self._numbers = _Numbers(spec.numbers)
 
     def _id_columns(self) -> Iterable[IdColumn]:
@@ -68,10 +70,13 @@ class RowEncoder:
             RequestError: a column is missing, or a value cannot be read.
         """
         for at, row in enumerate(rows):
-            if not isinstance(row, Mapping):
+            if row.__class__ is not dict and not isinstance(row, Mapping):
                 raise RequestError(f"{shown(row)} is no object of column and value", row=at + 1)
         if 0 < len(rows) <= _SINGLY and not self.spec.lists:
-            return self._singly(rows)
+            try:
+                return self._singly(rows)
+            except (KeyError, ValueError):
+                pass  # read by column, the error tells where it is
         columns = {name: self._column(rows, name) for name in self.spec.columns}
         return self._columns(columns, self._readers, len(rows))
 
@@ -103,24 +108,23 @@ class RowEncoder:
             raise _no_column(name, rows[at], at) from None
 
     def _singly(self, rows: Sequence[Row]) -> Encoded:
-        """A few rows without lists, value by value."""
+        """A few rows without lists, value by value.
+
+        Raises:
+            KeyError: a column is missing.
+            ValueError: a value cannot be read.
+        """
         ids: list[list[int]] = []
-        for at, row in enumerate(rows):
-            name = ""
-            try:
-                found = []
-                for name, direct, get, one in self._singles:
-                    value = row[name]
-                    found.append(get(value, UNKNOWN_ID) if value.__class__ is direct else one(value))
-            except KeyError:
-                raise _no_column(name, row, at) from None
-            except ValueError as error:
-                raise _bad_value(error, name, at) from None
+        values: list[list[float]] = []
+        for row in rows:
+            read = zip(self._take(row), self._singles, strict=True)
+            found = [get(v, UNKNOWN_ID) if v.__class__ is direct else one(v) for v, (direct, get, one) in read]
+            numbers = [1.0] * len(found)
+            self._numbers.add(row, found, numbers)
             ids.append(found)
-        own = np.array(ids, dtype=np.int64).reshape(len(rows), len(self._singles))
-        if not self.spec.numbers:
-            return Encoded(own, None)
-        return self._with_numbers(own, self._numbers.singly(rows))
+            values.append(numbers)
+        own = np.array(ids, dtype=np.int64).reshape(len(rows), -1)
+        return Encoded(own, np.array(values, dtype=np.float32).reshape(own.shape) if self.spec.has_values else None)
 
     def _columns(self, columns: Mapping[str, Sequence[Any]], readers: Mapping[str, IdReader], rows: int) -> Encoded:
         ids = np.empty((rows, len(self.spec.ids)), dtype=np.int64)
@@ -173,35 +177,41 @@ class _Numbers:
     def __init__(self, columns: Sequence[NumberColumn]) -> None:
         self._columns = columns
         self._readers = [(c.column, NumberReader(c)) for c in columns]
+        self._take = _taker([c.column for c in columns])
+        self._singles = [(r.plain, r.one) for _, r in self._readers]
+        self._scales = [
+            (c.transform == "log", c.mean, c.scale, c.bounds if c.transform == "quantile" else None) for c in columns
+        ]
         self._log = np.array([c.transform == "log" for c in columns], dtype=bool)
         self._any_log, self._all_log = bool(self._log.any()), bool(self._log.all())
         self._mean = np.array([c.mean for c in columns], dtype=np.float64)
         self._scale = np.array([c.scale for c in columns], dtype=np.float64)
         self._buckets = [(f, c.bounds) for f, c in enumerate(columns) if c.transform == "quantile"]
 
-    def singly(self, rows: Sequence[Row]) -> tuple[Ids, npt.NDArray[np.float32]]:
-        """`rows -> ids [B, N], values [B, N]`."""
-        found: list[list[float]] = []
-        for at, row in enumerate(rows):
-            name = ""
-            try:
-                numbers = []
-                for name, reader in self._readers:
-                    value = row[name]
-                    plain = reader.plain and value.__class__ is float and -LARGEST <= value <= LARGEST
-                    numbers.append(value if plain else reader.one(value))
-            except KeyError:
-                raise _no_column(name, row, at) from None
-            except ValueError as error:
-                raise _bad_value(error, name, at) from None
-            found.append(numbers)
-        x = np.array(found, dtype=np.float64)
-        ids, values = self._scaled(x)
-        for f, bounds in self._buckets:
-            buckets = [NULL_ID if n[f] != n[f] else bisect_right(bounds, n[f]) + FIRST_ID for n in found]
-            ids[:, f] = buckets
-            values[:, f] = 1.0
-        return ids, values
+    def add(self, row: Row, ids: list[int], values: list[float]) -> None:
+        """Read one row, and append to the lists of its ids and values.
+
+        Raises:
+            KeyError, ValueError: as `RowEncoder._singly`.
+        """
+        read = zip(self._take(row), self._singles, strict=True)
+        numbers: list[float] = [
+            v if plain and v.__class__ is float and -LARGEST <= v <= LARGEST else one(v) for v, (plain, one) in read
+        ]
+        # Of an array, because the logarithm of `math` differs in the last digit.
+        logs: list[float] = np.log1p(np.abs(np.array(numbers, np.float64))).tolist() if self._any_log else numbers
+        for x, log, (is_log, mean, scale, bounds) in zip(numbers, logs, self._scales, strict=True):
+            if x != x:  # NaN
+                ids.append(NULL_ID)
+                values.append(1.0)
+            elif bounds is not None:
+                ids.append(bisect_right(bounds, x) + FIRST_ID)
+                values.append(1.0)
+            else:
+                y = x if not is_log else log if x >= 0 else -log
+                scaled = (y - mean) / scale
+                ids.append(NUMERIC_VALUE_ID)
+                values.append(min(max(scaled, -LARGEST), LARGEST))
 
     def many(self, columns: Sequence[Sequence[Any]], rows: int) -> tuple[Ids, npt.NDArray[np.float32]]:
         """Columns, each `[B]`, to `ids [B, N], values [B, N]`."""
@@ -229,6 +239,13 @@ class _Numbers:
         ids = np.full(x.shape, NUMERIC_VALUE_ID, dtype=np.int64)
         ids[missing] = NULL_ID
         return ids, scaled.astype(np.float32)
+
+
+def _taker(columns: Sequence[str]) -> Callable[[Row], tuple[Any, ...]]:
+    """What takes the values of some columns out of a row, all at once."""
+    if len(columns) > 1:
+        return itemgetter(*columns)
+    return lambda row: tuple(row[name] for name in columns)
 
 
 def _read(reader: IdReader | NumberReader, values: Sequence[Any], column: str) -> Any:

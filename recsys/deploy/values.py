@@ -30,6 +30,8 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "lower": str.lower,
 }
 _RANGES = {"int": (-(2**63), 2**63), "uint": (0, 2**64)}
+_SEARCHED = 32
+"""From so many values on, a search in a sorted array is faster than one look into a dict after another."""
 _NAN = float("nan")
 
 
@@ -62,6 +64,35 @@ class Tokens:
         return any(abs(n) >= EXACT_DOUBLE for n in self.numbers)
 
 
+class _Sorted:
+    """A table of whole numbers for many looks at once: their memory lies together, unlike that of a dict."""
+
+    def __init__(self, table: Mapping[Any, int], kind: str) -> None:
+        low, high = _RANGES[kind]
+        self._type: type = np.int64 if kind == "int" else np.uint64
+        inside = {key: i for key, i in table.items() if low <= key < high}
+        keys = np.fromiter(inside.keys(), dtype=self._type, count=len(inside))
+        order = keys.argsort()
+        self._keys = keys[order]
+        self._ids = np.fromiter(inside.values(), dtype=np.int64, count=len(inside))[order]
+
+    def find(self, values: Sequence[int]) -> Ids | None:
+        """`[n] -> [n]`; None where a value is out of range."""
+        try:
+            wanted: npt.NDArray[Any] = np.array(values, dtype=self._type)
+        except OverflowError:
+            return None
+        if not len(self._keys):
+            return np.full(len(wanted), UNKNOWN_ID, dtype=np.int64)
+        order = wanted.argsort()  # neighbours then take the same way through the array
+        wanted = wanted[order]
+        at = np.searchsorted(self._keys, wanted)
+        at[at == len(self._keys)] = 0
+        found = np.empty(len(wanted), dtype=np.int64)
+        found[order] = np.where(self._keys[at] == wanted, self._ids[at], UNKNOWN_ID)
+        return found
+
+
 class IdReader:
     """Reads the values of one column of ids.
 
@@ -92,6 +123,7 @@ class IdReader:
         """Values of exactly this class are looked up in `table` as they are."""
         self.table: Mapping[Any, int] = self._with_tokens() if direct else {}
         self.get = self.table.get
+        self._sorted = None if text or not direct else _Sorted(self.table, self._kind)
 
     def _with_tokens(self) -> Mapping[Any, int]:
         """The table with the values that mean missing; the same object where there are none."""
@@ -108,6 +140,10 @@ class IdReader:
         Raises:
             ValueError: a value of a type or size that no id can have.
         """
+        if self._sorted is not None and len(values) >= _SEARCHED and set(map(type, values)) == {int}:
+            found_ids = self._sorted.find(values)
+            if found_ids is not None:
+                return found_ids
         get, direct, one = self.get, self.direct, self.one
         found = [get(v, UNKNOWN_ID) if v.__class__ is direct else one(v) for v in values]
         return np.array(found, dtype=np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -66,8 +68,8 @@ class Head(nn.Module):
         own = slice(m * tasks, (m + 1) * tasks)
         logit = full(self.bias[own]).expand(ids.shape[0], -1)  # [B, tasks]
         if self.weight is not None:
-            h = torch.cat([o for o, done in zip(outputs, self.is_logit, strict=True) if not done], 1)
-            logit = logit + full(nn.functional.linear(h, self.weight[own]))
+            open_ones = [o for o, done in zip(outputs, self.is_logit, strict=True) if not done]
+            logit = logit + full(_projected(open_ones, self.weight[own]))
         for output, done in zip(outputs, self.is_logit, strict=True):
             if done:
                 logit = logit + full(output).sum(1, keepdim=True)
@@ -88,6 +90,16 @@ class Head(nn.Module):
     def table_parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that table-wide L2 covers."""
         return {} if self.wide is None else {"wide.weight": self.wide.weight}
+
+
+def _projected(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """`[B, H_i], [T, Σ H_i] -> [B, T]`."""
+    if not torch.compiler.is_exporting():
+        return nn.functional.linear(torch.cat(list(parts), 1), weight)
+    # A graph need not write them side by side. Slices: it can fold those of a constant.
+    ends = itertools.accumulate(part.shape[1] for part in parts)
+    logits = [nn.functional.linear(p, weight[:, end - p.shape[1] : end]) for p, end in zip(parts, ends, strict=True)]
+    return functools.reduce(torch.add, logits)
 
 
 def first_order(schema: EncodedSchema, outputs: int = 1) -> Table:
