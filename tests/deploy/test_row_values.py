@@ -123,7 +123,7 @@ def compare(kind: str, value: Any) -> None:
     column = COLUMN[kind]
     frame = pl.DataFrame({column: pl.Series([value])})
     wanted = trained(ENCODERS[kind], frame)
-    for many in (1, 9):  # row by row, and column by column
+    for many in (1, 9, 40):  # row by row, column by column, and many whole numbers at once
         rows = [{column: value, "other": 1}] * many
         if wanted is None:
             with pytest.raises(RequestError, match=rf"^row 1, column '{column}': ") as refused:
@@ -147,6 +147,15 @@ def test_every_value_is_read_as_in_training(kind: str) -> None:
         compare(kind, value)
 
     check()
+
+
+@pytest.mark.parametrize("kind", ["int", "uint", "large_token", "hashed_int"])
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(WHOLE) | st.integers(-30, 30) | st.integers(-(2**65), 2**65), min_size=32, max_size=80))
+def test_many_whole_numbers_are_read_as_each_alone(kind: str, whole: list[int]) -> None:
+    column = COLUMN[kind]
+    each = [ROWS[kind].rows([{column: value}]).ids for value in whole]
+    np.testing.assert_array_equal(ROWS[kind].rows([{column: value} for value in whole]).ids, np.concatenate(each))
 
 
 @pytest.mark.parametrize("kind", KINDS)
