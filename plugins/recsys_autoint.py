@@ -2,157 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field as Limits
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from recsys.api import Component, Fields, MLPBlock, RecipeError, hookimpl
+from recsys.api import AttentionSizes, Component, Fields, MLPBlock, RecipeError, attend, hookimpl
 
 Preset = Literal["paper", "official", "fuxictr", "deepctr"]
 Residual = Literal["projected", "identity", "none"]
 Share = Annotated[float, Limits(ge=0, lt=1)]
-
-SMALL = 40
-"""Up to so many fields, on a CPU, `_Layer` is faster than the blockwise kernel of attention. It keeps the shares
-`[heads, B, F, F]` for the gradient, which are then about as large as the projections."""
-
-SCORES = 2**17
-"""Number of scores that `_Layer` works on at a time: with what belongs to their rows they fit a core's cache."""
-
-ROWS = 256
-"""Rows at a time where nobody asks for gradients."""
-
-
-class Sizes(NamedTuple):
-    """What `_Layer` has to know beside its tensors: total width and number of heads, factor of the scores, ReLU."""
-
-    width: int
-    heads: int
-    scale: float
-    rectified: bool
-
-    def parts(self, *projected: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """`[n, F, width]` each; for every head, its part `[n, F, d']` of all of them."""
-        return zip(*(torch.split(x, self.width // self.heads, 2) for x in projected), strict=True)
-
-    def rows(self, count: int) -> int:
-        """How many rows of `count` fields to work on at a time."""
-        return max(1, SCORES // (self.heads * max(count * count, self.width)))
-
-
-def _projected(e: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """All projections side by side, with a ReLU where they have a bias, `[B, F, D] -> [B, F, parts · width]`."""
-    return F.linear(e, weight) if bias is None else F.linear(e, weight, bias).relu_()
-
-
-def _shares_(scores: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """`softmax(scale · q kᵀ)` in the memory of `scores`, `q, k [n, F, d'] -> [n, F, F]`."""
-    # Step by step: the kernel of softmax takes up to five times as long for rows as short as these. The largest score
-    # is taken off first only where the sums show that it has to be.
-    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores).exp_()
-    total = scores.sum(2, keepdim=True)
-    if not bool(((total > 1e-15) & (total < 1e15)).all()):  # a sum that is NaN too
-        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
-        scores.sub_(scores.amax(2, keepdim=True)).exp_()
-        total = scores.sum(2, keepdim=True)
-    return scores.mul_(total.reciprocal_())
-
-
-def _head_gradients(parts: tuple[Tensor, ...], shares: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v and the gradient above of one head, each `[n, F, d']`, to the gradients of q, k, v, as `_Layer` says."""
-    q, k, v, above = parts
-    ds = torch.bmm(above, v.transpose(1, 2))  # dP
-    if shares.shape[2] < 16:  # shorter than a vector, which the kernel is slow for
-        ds = ds.mul_(shares)
-        ds.addcmul_(shares, ds.sum(2, keepdim=True), value=-1)
-    else:
-        ds = torch.ops.aten._softmax_backward_data(ds, shares, 2, ds.dtype)
-    if scale != 1:
-        ds.mul_(scale)
-    return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), above)
-
-
-class _Layer(torch.autograd.Function):
-    """Projections, attention, projected residual and ReLU, `[B, F, D] -> [B, F, width]`, the gradient in closed form.
-
-    With P the shares of a head, v its values and G the gradient above: dP = G vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)) ·
-    scale, and then dq = dS k, dk = dSᵀ q, dv = Pᵀ G. All of it happens for some rows of the batch at a time, so that
-    what one step writes is in the cache when the next one reads it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
-        out, shares, kept = _in_blocks(e, weight, bias, sizes, keep=True)
-        ctx.save_for_backward(e, weight, bias, shares, out, *kept)
-        ctx.sizes = sizes
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
-        e, weight, bias, shares, out, *kept = saved = ctx.saved_tensors
-        sizes, needs = ctx.sizes, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # somebody wants gradients of these gradients
-            # Of views, so that what one of them owes to another is not counted here.
-            given: list[Any] = [x.view_as(x) if needed else x for x, needed in zip(saved[:3], needs, strict=True)]
-            leaves = [x for x, needed in zip(given, needs, strict=True) if needed]
-            found = iter(torch.autograd.grad(_plain(sizes, *given), leaves, above, create_graph=True))
-            return *(next(found) if needed else None for needed in needs), None
-        d_e, d_weight = e.new_empty(e.shape), torch.zeros_like(weight)
-        d_bias = None if bias is None else torch.zeros_like(bias)
-        step = sizes.rows(e.shape[1])
-        blocks = (torch.split(x, step) for x in (e, shares.transpose(0, 1), out, above, d_e))
-        for x, p, y, g, d_x, projected in zip(*blocks, kept, strict=True):
-            g = torch.ops.aten.threshold_backward(g, y, 0) if sizes.rectified else g
-            heads = zip(sizes.parts(*torch.split(projected, sizes.width, 2)[:3], g), p.unbind(1), strict=True)
-            d = zip(*(_head_gradients(parts, s, sizes.scale) for parts, s in heads), strict=True)
-            residual = [g] if len(weight) > 3 * sizes.width else []
-            d_parts = torch.cat([*itertools.chain(*d), *residual], 2)
-            if d_bias is not None:
-                d_parts = torch.ops.aten.threshold_backward(d_parts, projected, 0)
-                d_bias.add_(d_parts.sum((0, 1)))
-            flat = d_parts.flatten(0, 1)
-            torch.mm(flat, weight, out=d_x.flatten(0, 1))
-            d_weight.addmm_(flat.t(), x.flatten(0, 1))
-        return d_e, d_weight, d_bias, None
-
-
-def _in_blocks(
-    e: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes, *, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The output, the shares of attention and the projections; the last two of the last rows alone unless kept."""
-    rows, count, _ = e.shape
-    step = sizes.rows(count) if keep else ROWS
-    out = e.new_empty(rows, count, sizes.width)
-    shares = e.new_empty(sizes.heads, rows if keep else min(rows, step), count, count)
-    kept: list[Tensor] = []
-    for x, y in zip(torch.split(e, step), torch.split(out, step), strict=True):
-        p = shares[:, len(kept) * step :][:, : len(x)]
-        projected = _projected(x, weight, bias)
-        q, k, v, *residual = torch.split(projected, sizes.width, 2)
-        heads = zip(p.unbind(0), sizes.parts(q, k, v), strict=True)
-        torch.cat([torch.bmm(_shares_(s, q, k, sizes.scale), v) for s, (q, k, v) in heads], 2, out=y)
-        if residual:
-            y.add_(residual[0])
-        if sizes.rectified:
-            y.relu_()
-        if keep:
-            kept.append(projected)
-    return out, shares, kept
-
-
-def _plain(sizes: Sizes, e: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `_Layer` computes, of operations that torch can differentiate as often as it likes."""
-    q, k, v, *residual = _projected(e, weight, bias).chunk(len(weight) // sizes.width, 2)
-    mixed = [torch.softmax(sizes.scale * q @ k.mT, 2) @ v for q, k, v in sizes.parts(q, k, v)]
-    out = sum(residual, torch.cat(mixed, 2))
-    return out.relu() if sizes.rectified else out
 
 
 @dataclass(frozen=True)
@@ -224,15 +87,8 @@ class InteractingLayer(nn.Module):
         identity = self.variant.residual == "identity" and self.parts == 3
         norm_first = self.norm is not None and not self.variant.norm_last
         rectified = not identity and not norm_first
-        if _by_hand(e) and not (self.training and self.dropout):
-            sizes = Sizes(self.width, self.heads, self.scale, rectified)
-            if torch.is_grad_enabled() and (e.requires_grad or self.weight.requires_grad):
-                out: Tensor = _Layer.apply(e, self.weight, self.bias, sizes)  # type: ignore[no-untyped-call]
-            else:
-                out = _in_blocks(e, self.weight, self.bias, sizes, keep=False)[0]
-        else:
-            out = self._by_parts(e) if torch.compiler.is_exporting() else self._mixed(e)
-            out = out.relu() if rectified else out
+        sizes = AttentionSizes(self.width, self.heads, self.scale, rectified)
+        out = attend(e, self.weight, self.bias, sizes, dropout=self.dropout if self.training else 0.0)
         out = out + e if identity else out
         out = self.norm(out) if self.norm is not None and norm_first else out
         out = out if rectified else out.relu()
@@ -240,47 +96,11 @@ class InteractingLayer(nn.Module):
 
     def attention(self, e: Tensor) -> Tensor:
         """Who looks at whom, `[B, F, D] -> [B, heads, F, F]`; rows add up to one."""
-        q, k = (self._by_head(x) for x in self._project(e)[:2])
+        q, k = (e @ part.t() for part in self.weight.chunk(self.parts)[:2])
+        if self.bias is not None:
+            q, k = ((x + b).relu() for x, b in zip((q, k), self.bias.chunk(self.parts), strict=False))
+        q, k = (x.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for x in (q, k))
         return torch.softmax(q @ k.transpose(2, 3) * self.scale, dim=-1)
-
-    def _mixed(self, e: Tensor) -> Tensor:
-        """What each field takes from all, and the projected residual, `[B, F, D] -> [B, F, width]`."""
-        q, k, v, *residual = self._project(e)
-        q, k, v = (self._by_head(x) for x in (q, k, v))
-        # The scale is always given: left out, attention would divide by √d' whatever the variant says.
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        return sum(residual, mixed.transpose(1, 2).flatten(2))
-
-    def _by_parts(self, e: Tensor) -> Tensor:
-        """What `_mixed` gives, each part of each head projected alone: a graph need not cut or turn it afterwards."""
-        head, last = self.width // self.heads, 3 * self.width
-        q, k, v = ([self._part(e, p * self.width + h * head, head) for h in range(self.heads)] for p in range(3))
-        shares = [torch.softmax(q * self.scale @ k.mT, -1) for q, k in zip(q, k, strict=True)]
-        mixed = torch.cat([s @ v for s, v in zip(shares, v, strict=True)], 2)
-        return mixed if self.parts == 3 else mixed + self._part(e, last, self.width)
-
-    def _part(self, e: Tensor, first: int, width: int) -> Tensor:
-        """`width` of the projections alone, `[B, F, D] -> [B, F, width]`."""
-        own = slice(first, first + width)
-        return _projected(e, self.weight[own], None if self.bias is None else self.bias[own])
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """`[B, F, width] -> [B, heads, F, d']`."""
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def _project(self, e: Tensor) -> tuple[Tensor, ...]:
-        """`[B, F, D] -> q, k, v` and, where it is learned, the residual, each `[B, F, width]`."""
-        return _projected(e, self.weight, self.bias).chunk(self.parts, 2)
-
-
-def _by_hand(e: Tensor) -> bool:
-    """Whether `_Layer` is the fastest for `e [B, F, D]`: few fields on a CPU, outside of exports.
-
-    Half precision is left to the kernel, which adds up in single precision.
-    """
-    exact = e.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return e.device.type == "cpu" and exact and 0 < e.shape[1] <= SMALL and not torch.compiler.is_compiling()
 
 
 class AutoInt(nn.Module):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from recsys.data.hashing import hash_text, mix
     from recsys.data.sources import DataRoot
     from recsys.nn.addressed import Addressed, column_groups
+    from recsys.nn.attention import AttentionSizes, attend
     from recsys.nn.budget import keep_most, keep_within, pruned_bytes, require_room
     from recsys.nn.dropout import Dropout
     from recsys.nn.entmax import entmax
@@ -65,6 +66,7 @@ __all__ = [
     "NULL_ID",
     "UNKNOWN_ID",
     "Addressed",
+    "AttentionSizes",
     "Batch",
     "Best",
     "Buffers",
@@ -104,6 +106,7 @@ __all__ = [
     "TrainBatches",
     "Vectors",
     "WeightMode",
+    "attend",
     "bar",
     "best",
     "build_optimizer",
@@ -154,6 +157,8 @@ _LAZY = {
     "gather_rows": "recsys.train.distributed",
     "Predictions": "recsys.train.score",
     "Buffers": "recsys.train.guard",
+    "AttentionSizes": "recsys.nn.attention",
+    "attend": "recsys.nn.attention",
     "bar": "recsys.train.progress",
     "Addressed": "recsys.nn.addressed",
     "Column": "recsys.nn.layout",

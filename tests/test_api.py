@@ -10,6 +10,7 @@ import recsys.api
 
 NAMES = [
     "Addressed",
+    "AttentionSizes",
     "Batch",
     "Best",
     "Buffers",
@@ -52,6 +53,7 @@ NAMES = [
     "UNKNOWN_ID",
     "Vectors",
     "WeightMode",
+    "attend",
     "bar",
     "best",
     "build_optimizer",

@@ -286,7 +286,7 @@ def test_few_and_many_fields_take_different_ways_to_the_same_result(preset, monk
         return out, *torch.autograd.grad(out, [x, *model.parameters()], above, allow_unused=True)
 
     few = both_ways()
-    monkeypatch.setattr("recsys_autoint.SMALL", 0)
+    monkeypatch.setattr("recsys.nn.attention.SMALL", 0)
     kernel = torch.nn.functional.scaled_dot_product_attention
     calls = []
     monkeypatch.setattr(
@@ -303,7 +303,7 @@ def test_few_and_many_fields_take_different_ways_to_the_same_result(preset, monk
 def test_gradients_of_gradients_are_those_of_the_formula(preset, count, monkeypatch):
     torch.manual_seed(0)
     layer = AutoInt(fields(count, 2), preset=preset, layers=1, width=4).double().layers[0]
-    monkeypatch.setattr("recsys_autoint.SCORES", 1)  # one row at a time
+    monkeypatch.setattr("recsys.nn.attention.ROOM", 1)  # one row at a time
     e = torch.randn(2, count, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, e)
     assert torch.autograd.gradgradcheck(layer, e)
@@ -320,7 +320,7 @@ def test_rows_are_the_same_however_many_are_worked_on_at_a_time(preset, monkeypa
     above = torch.randn(13, model.width, dtype=torch.float64)
     seen = []
     for scores in (2**17, 2 * 25 * 5):  # all rows, five
-        monkeypatch.setattr("recsys_autoint.SCORES", scores)
+        monkeypatch.setattr("recsys.nn.attention.ROOM", scores)
         out = model(e)
         seen.append([out, *torch.autograd.grad(out, [e, *model.parameters()], above)])
     for whole, parts in zip(*seen, strict=True):
@@ -333,7 +333,7 @@ def test_a_layer_used_twice_has_the_same_gradients_of_gradients_either_way(monke
     e = torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)
     seen = []
     for small in (64, 0):
-        monkeypatch.setattr("recsys_autoint.SMALL", small)
+        monkeypatch.setattr("recsys.nn.attention.SMALL", small)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             inner = torch.autograd.grad(layer(layer(e)).square().sum(), [e, layer.weight], create_graph=True)
             seen.append([*inner, *torch.autograd.grad(sum(g.square().sum() for g in inner), [e, layer.weight])])
