@@ -16,6 +16,8 @@ from recsys.api import Batch, Component, EvalBatches, Model, RecipeError, Run, h
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+SAYS = ("auc", "accuracy", "macro_f1", "largest_class")
+"""What is told of each probe."""
 PAIRS = 1 << 18
 """Users times items that are scored at a time."""
 
@@ -81,6 +83,11 @@ class AttributeProbe:
             told = ", ".join(f"{k} {v:.4f}" for k, v in says.items())
             run.say(f"{run.stage} · {name}: {told} ({len(attribute):,} users)")
 
+    def results(self) -> tuple[str, ...]:
+        """Their names among the scores of the split."""
+        probes = ("users", f"top_{self.top}") if self.top else ("users",)
+        return tuple(f"probe_{probe}_{name}" for probe in probes for name in SAYS)
+
     def _newest(self, run: Run) -> Ints:
         """The newest row of each user with a known attribute, `[users]`."""
         groups, attributes = [], []
@@ -118,12 +125,13 @@ class AttributeProbe:
         folds = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
         p = cross_val_predict(model, x, y, cv=folds, method="predict_proba")
         score: Any = p[:, 1] if len(classes) == 2 else p
-        return {
-            "auc": float(roc_auc_score(y, score, multi_class="ovr")),
-            "accuracy": float((p.argmax(1) == y).mean()),
-            "macro_f1": float(f1_score(y, p.argmax(1), average="macro")),
-            "largest_class": float(np.bincount(y).max() / len(y)),
-        }
+        values = (
+            roc_auc_score(y, score, multi_class="ovr"),
+            (p.argmax(1) == y).mean(),
+            f1_score(y, p.argmax(1), average="macro"),
+            np.bincount(y).max() / len(y),
+        )
+        return {name: float(value) for name, value in zip(SAYS, values, strict=True)}
 
 
 def _pooled(model: Model, batch: Batch) -> Tensor:

@@ -70,18 +70,26 @@ class BilevelFit:
         self._changed = {key: value for key, value in changed.items() if value is not None}
         self.rate, self.weights, self.second_order = rate, weights, second_order
 
+    def check(self, run: Run) -> None:
+        """Refuse, before anything is trained, losses that this stage cannot search with.
+
+        Raises:
+            RecipeError: a validation batch would teach the loss, or it needs other batches than this stage makes.
+        """
+        _check_loss(run)
+
     def run(self, run: Run) -> None:
         """Search; the weights and the architecture are those of the best epoch afterwards.
 
         Raises:
-            RecipeError: nothing to search, no validation split, or second order with several processes.
+            RecipeError: nothing to search, no validation split, second order with several processes, or a loss that
+                needs more than the rows of a batch.
         """
         if not run.model.searched():
             raise RecipeError(f"{run.stage}: no part of the model has an architecture to search")
         if self.second_order and run.world.size > 1:
             raise RecipeError(f"{run.stage}: second_order needs a single process; set train.devices to 1")
-        if run.loss_parameters():
-            raise RecipeError(f"{run.stage}: the loss has weights of its own, which only the stage fit trains")
+        _check_loss(run)
         run.split("valid")
         options = run.train.model_copy(update=self._changed)
         run.model.to(run.device).train()
@@ -96,6 +104,27 @@ class BilevelFit:
         if run.world.leads:
             text = json.dumps({"epochs": history, "best_epoch": best}, indent=2)
             (run.stage_folder / "history.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _check_loss(run: Run) -> None:
+    """Refuse losses that a validation batch would teach too, or that need other batches than this stage makes.
+
+    Raises:
+        RecipeError: it has weights or a state of its own, compares the rows of a group, or rows are sampled for it.
+    """
+    if run.loss_parameters():
+        raise RecipeError(f"{run.stage}: the loss has weights of its own, which only the stage fit trains")
+    if state := run.loss_state():
+        raise RecipeError(
+            f"{run.stage}: the loss keeps a state over the batches ({', '.join(sorted(state))}), into which validation "
+            "batches would go as well; search with a loss without one, such as bce"
+        )
+    if run.whole_groups:
+        raise RecipeError(
+            f"{run.stage}: the loss compares the rows of a group, and only the stage fit makes batches of whole groups"
+        )
+    if run.build_sampling is not None:
+        raise RecipeError(f"{run.stage}: only the stage fit adds sampled rows; remove the block `sampling:`")
 
 
 def _epochs(run: Run, search: Search, epochs: int, patience: int) -> tuple[list[dict[str, float]], int]:

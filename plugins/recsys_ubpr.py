@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from recsys.api import Batch, Component, EncodedSchema, hookimpl, pairs, second_model
+from recsys.api import Batch, Component, EncodedSchema, hookimpl, make_weight, pairs, second_model
 
 
 def _float(x: Tensor) -> Tensor:
@@ -30,13 +30,22 @@ class UBPR(nn.Module):
         beta: β, how far below zero the loss of a pair may go, without a gradient there; null: as far as it will. Less
             variance for some bias upwards: 0 drops all that clicked j take off.
         floor: least propensity; smaller ones count as this.
+        allow_low_ess: go on where the weights leave less than 1 % effective rows.
     """
 
-    def __init__(self, tasks: tuple[str, ...], *, beta: float | None = 0.005, floor: float = 0.0) -> None:
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        *,
+        beta: float | None = 0.005,
+        floor: float = 0.0,
+        allow_low_ess: bool = False,
+    ) -> None:
         super().__init__()
         self.tasks = tasks
         self.beta = beta
         self.floor = floor
+        self.allow_low_ess = allow_low_ess
         self.needs: tuple[str, ...] = ("positive", "item", "propensity")
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -53,6 +62,10 @@ class UBPR(nn.Module):
                 pair = pair.clamp_min(-self.beta)
             losses.append(torch.where(other, pair, 0.0).mean())
         return torch.stack(losses).mean()
+
+    def weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Y/θ of the first task, logged and sampled rows alike, before and after the floor, each `[B]`."""
+        return _weights(batch, self.tasks[0], self.floor)
 
 
 class UPL(nn.Module):
@@ -73,6 +86,7 @@ class UPL(nn.Module):
         dim: width of the second model's embedding.
         floor: least propensity; smaller ones count as this.
         limit: largest |x'| in the second term, which has no least value where Y/θ > 1; there it gives no gradient.
+        allow_low_ess: go on where the weights leave less than 1 % effective rows.
     """
 
     def __init__(
@@ -83,11 +97,13 @@ class UPL(nn.Module):
         dim: int = 16,
         floor: float = 0.0,
         limit: float = 15.0,
+        allow_low_ess: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = tasks
         self.floor = floor
         self.limit = limit
+        self.allow_low_ess = allow_low_ess
         self.head = second_model(schema, dim)
         self.needs: tuple[str, ...] = ("positive", "propensity")
 
@@ -107,6 +123,16 @@ class UPL(nn.Module):
             teaching = nn.functional.softplus(bounded) - y_j / theta_j * bounded
             losses.append(ranking.mean() + teaching.mean())
         return torch.stack(losses).mean()
+
+    def weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Y/θ of the first task, logged and sampled rows alike, before and after the floor, each `[B]`."""
+        return _weights(batch, self.tasks[0], self.floor)
+
+
+def _weights(batch: Batch, task: str, floor: float) -> tuple[Tensor, Tensor]:
+    """Y/θ before and after θ was given a floor, each `[B]`; 0 for rows without a click, which have no weight."""
+    theta, clicked = batch.context["propensity"], batch.label[task]
+    return make_weight(theta, rows=clicked), make_weight(theta.clamp(min=floor), rows=clicked)
 
 
 @hookimpl

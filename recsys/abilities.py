@@ -251,3 +251,12 @@ class Checking(Protocol):
     def check(self, run: Any) -> None:
         """Raise a `RecipeError` where `run: recsys.api.Run`, untrained, has no such column, field or split."""
         ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A stage that adds numbers of its own to the results, beside those of `evaluate`; tables may show them."""
+
+    def results(self) -> tuple[str, ...]:
+        """Their names among the scores of a split."""
+        ...

@@ -54,7 +54,11 @@ class Table(_Strict):
     """Recipes to train with several seeds each."""
 
     rows: list[dict[str, Any]] = Field(min_length=1, description="the recipes")
-    metrics: list[str] = Field(default=["auc", "logloss"], min_length=1, description="columns of the table")
+    metrics: list[str] = Field(
+        default=["auc", "logloss"],
+        min_length=1,
+        description="columns of the table; `task/metric` if there are several tasks",
+    )
     split: str = Field(default="test", description="split on which they are measured")
     seeds: int = Field(default=5, ge=1, description="runs of each recipe")
     first_seed: int = Field(default=2021, ge=0, description="train.seed of the first run; the others follow")

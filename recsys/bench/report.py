@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.bench.execute import Job
-from recsys.bench.table import Bench
+from recsys.bench.table import Bench, Entry
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def summarise(bench: Bench, jobs: Sequence[Job]) -> list[Line]:
         found = [(job.result(), _fit(job.folder), _train_rows(job.folder)) for job in done]
         metrics = {}
         for metric in bench.metrics:
-            values = [r["metrics"].get(bench.split, {}).get(metric) for r, _, _ in found]
+            values = [_named(r["metrics"].get(bench.split, {}), metric, entry) for r, _, _ in found]
             if known := [v for v in values if v is not None]:
                 metrics[metric] = Spread.of(known)
         seconds = [rows / r["rows_per_second"] for r, _, rows in found if r["rows_per_second"] and rows]
@@ -98,6 +98,12 @@ def summarise(bench: Bench, jobs: Sequence[Job]) -> list[Line]:
             )
         )
     return lines
+
+
+def _named(scores: Mapping[str, float | None], metric: str, entry: Entry) -> float | None:
+    """The value of a column; `task/metric` is called just `metric` where a recipe has that task alone."""
+    task, _, name = metric.rpartition("/")
+    return scores.get(name if tuple(entry.recipe.data.label) == (task,) else metric)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from recsys.abilities import Scoring
 from recsys.bench.options import Plot, Row, Selection, Table, Vary
 from recsys.bench.retraining import Retraining, check_search, read_retraining
 from recsys.contracts import metric_name
@@ -56,7 +57,7 @@ class Bench:
 
     Args:
         name: of the file.
-        metrics: columns.
+        metrics: columns; where a recipe has several tasks, `task/metric`.
         split: on which they are measured.
         seeds: of the runs.
         entries: the rows.
@@ -188,12 +189,23 @@ def _entry(
         option, value = varied
         overrides, name = (*overrides, f"{option}={json.dumps(value)}"), f"{series}@{value}"
     checked = load_recipe(recipe, registry, overrides)
-    specs = [spec for stage in checked.stages for spec in stage.options.get("metrics", ())]
-    own = {metric_name(spec) for spec in specs if isinstance(spec, str | Mapping)}
     for metric in (*table.metrics, *row.published):
-        if metric not in own:
-            registry.check("metric", metric, "metrics" if metric in table.metrics else f"rows[{index}].published")
+        _check_metric(metric, checked, registry, "metrics" if metric in table.metrics else f"rows[{index}].published")
     return Entry(name, recipe.resolve(), overrides, checked, dict(row.published), row.source, series, value)
+
+
+def _check_metric(metric: str, recipe: Recipe, registry: Registry, where: str) -> None:
+    """Refuse what no stage of a recipe measures: a metric, of a task where there are several, or another result."""
+    tasks = tuple(recipe.data.label)
+    specs = [spec for stage in recipe.stages for spec in stage.options.get("metrics", ())]
+    own = {metric_name(spec) for spec in specs if isinstance(spec, str | Mapping)}
+    task, of_task, name = metric.rpartition("/")
+    if of_task and task not in tasks:
+        raise RecipeError(f"{where}: {metric!r}: no task '{task}'.{did_you_mean(task, tasks)} Tasks: {listing(tasks)}")
+    if name not in own:
+        stages = [registry.make("stage", stage, where=f"stages: {stage.name}") for stage in recipe.stages]
+        if not any(metric in stage.results() for stage in stages if isinstance(stage, Scoring)):
+            registry.check("metric", name, where)
 
 
 def _find(recipe: str, table: Path) -> Path:

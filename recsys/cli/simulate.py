@@ -82,6 +82,7 @@ def command(
     slate-pbm      lists of ten, examined by place and device
     slate-cascade  lists of ten, looked through until a click satisfies
     delayed        clicks and conversions; late ones are not known yet
+    conversion     few clicks, of rows that convert more easily than others
     flip20         a fifth of the clicks is recorded as none
     pooled         only what an old retriever ranks high is judged
     fair           a sensitive attribute leaks into tastes and exposure

@@ -8,6 +8,7 @@ by `simulate_write`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -25,6 +26,10 @@ from recsys.errors import RecipeError, did_you_mean, listing
 
 SPLITS = {"train": (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0), "uniform": (UNIFORM_FROM, 1.0)}
 """Split → share of the log's rows, in time order; `uniform` draws the test rows again and shows all of them."""
+
+DAY = 86_400.0
+Form = Literal["snapshot", "stream", "final"]
+"""What train rows know of conversions."""
 
 BLOCK = 1 << 18
 """Rows per frame of a log that is too large to be held, and the largest one that is."""
@@ -54,6 +59,13 @@ class Simulated:
         uniform: splits, `valid` or `test`, that are drawn like `uniform` in place of the log's own rows.
         randomised: share of the rows (requests, in lists) of the log that no policy had a hand in.
         clicks_only: leave out the rows without a click; for worlds with conversions.
+        true_propensity: put the very chance of being seen, θ, into the column `propensity`, as no log can know it: in
+            lists the chance of a look at the row's place, elsewhere also of what follows a trait that is not logged.
+            To compare estimates with; what uses it proves nothing about a real log.
+        form: what the train rows know of conversions, in worlds that have them. snapshot: what had come at the end of
+            the train split. stream: every row with label 0, as it stood at once, and again with label 1 for each
+            conversion that had come, at that time; in order of time, long logs in pieces. final: all that comes in the
+            end, which no training could know.
     """
 
     def __init__(
@@ -69,6 +81,8 @@ class Simulated:
         uniform: tuple[Literal["valid", "test"], ...] = (),
         randomised: float | None = None,
         clicks_only: bool = False,
+        true_propensity: bool = False,
+        form: Form = "snapshot",
     ) -> None:
         del root  # nothing is read from disk
         if rows < 10:
@@ -84,6 +98,11 @@ class Simulated:
             clicks_only=clicks_only,
         )
         self._uniform = ("uniform", *uniform)
+        self._form, self._true = form, true_propensity
+        if form != "snapshot" and self.config.conversion is None:
+            raise RecipeError(f"simulated logs: form {form}: no conversion comes late in the world '{preset}'")
+        if form == "final" and self.config.conversion is not None:
+            self.config = replace(self.config, conversion=replace(self.config.conversion, now=0.0))
 
     @cached_property
     def world(self) -> World:
@@ -112,7 +131,9 @@ class Simulated:
 
     def identity(self) -> str:
         """Return a text that is equal exactly when the rows are."""
-        return f"simulated-{VERSION}-{config_digest(self.config)}-{'-'.join(sorted(self._uniform))}"
+        parts = [f"simulated-{VERSION}-{config_digest(self.config)}", *sorted(self._uniform)]
+        parts += ["stream"] * (self._form == "stream") + ["true"] * self._true
+        return "-".join(parts)
 
     def reference(self, split: str) -> dict[str, float]:
         """Return metric → its value for the probability that drew `y`, which no model can beat but by luck.
@@ -145,24 +166,43 @@ class Simulated:
 
     def _frame(self, split: str, truth: bool) -> pl.LazyFrame:
         start, stop, region = self._span(split)
+        doubled = self._form == "stream" and split == "train"
+
+        def rows(a: int, b: int) -> pl.DataFrame:
+            log, told = self.world.rows(a, b, region)
+            if self._true:
+                log = log.with_columns(told["theta"].cast(pl.Float32).alias("propensity"))
+            return (_streamed(log, told) if doubled else (log, told))[truth]
+
         if stop - start <= BLOCK:
-            return self.world.rows(start, stop, region)[truth].lazy()
-        empty = self.world.rows(start, start, region)[truth]
+            return rows(start, stop).lazy()
+        empty = rows(start, start)
+        whole = doubled or self.config.clicks_only  # a block's first rows are not those of its beginning
 
         def blocks(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, batch: int | None
         ) -> Iterator[pl.DataFrame]:
-            left = stop - start if limit is None else limit
+            left = 2 * (stop - start) if limit is None else limit  # no row comes more than twice
             for a, b in _blocks(start, stop):
                 if left <= 0:
                     return
-                frame = self.world.rows(a, b if self.config.clicks_only else min(b, a + left), region)[truth].head(left)
+                frame = rows(a, b if whole else min(b, a + left)).head(left)
                 left -= len(frame)
                 if predicate is not None:
                     frame = frame.filter(predicate)
                 yield frame if columns is None else frame.select(columns)
 
         return register_io_source(blocks, schema=empty.schema, is_pure=True)
+
+
+def _streamed(log: pl.DataFrame, truth: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return log and truth, by time, of every row as it stood before its conversion and, where it has one, after it."""
+    came = log["conversion"] == 1
+    later = (pl.col("ts") + (pl.col("delay").cast(pl.Float64) * DAY).round().cast(pl.Int64)).alias("ts")
+    never = [pl.lit(0).cast(log.schema[name]).alias(name) for name in ("y", "conversion", "delay")]
+    both = pl.concat([log.with_columns(never), log.filter(came).with_columns(later)])
+    order = both.select(pl.arg_sort_by("ts", "y", maintain_order=True)).to_series()
+    return both[order], pl.concat([truth, truth.filter(came)])[order]
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -31,6 +31,7 @@ Preset = Literal[
     "slate-pbm",
     "slate-cascade",
     "delayed",
+    "conversion",
     "flip20",
     "pooled",
     "fair",
@@ -115,6 +116,10 @@ def _slates(slate: Slate) -> WorldConfig:
     )
 
 
+_AT_ONCE = Conversion(correlation=0.8, log_rate=0.0, log_rate_by_segment=0.0, now=0.0)
+"""Conversions whose window has passed for every click, so that none is missing."""
+
+
 def _world(name: str) -> WorldConfig | None:
     worlds = {
         "easy": lambda: _biased(Exposure(relevance=0.0, least=0.1)),
@@ -125,6 +130,7 @@ def _world(name: str) -> WorldConfig | None:
         "slate-pbm": lambda: _slates(Slate("pbm", device="device", decay=(0.7, 1.3))),
         "slate-cascade": lambda: _slates(Slate("cascade", trust=0.0)),
         "delayed": lambda: replace(_moderate(), target_ctr=0.25, conversion=Conversion(), log=("popularity",)),
+        "conversion": lambda: replace(_moderate(), target_ctr=0.1, conversion=_AT_ONCE, log=("popularity",)),
         "flip20": lambda: replace(_moderate(), target_ctr=0.25, flip=Flip(0.2)),
         "pooled": lambda: replace(_moderate(), target_ctr=0.25, pooling=Pooling()),
         "fair": lambda: replace(_biased(Exposure(attribute=0.7)), attribute_leak=0.4, log=(*_SHOWN, "attribute")),
@@ -153,6 +159,7 @@ ABOUT: dict[Preset, str] = {
     "slate-pbm": "lists of ten from a logged policy, examined by place and device, with clicks out of trust",
     "slate-cascade": "lists of ten from a logged policy, looked through until a click satisfies",
     "delayed": "clicks and conversions; late conversions are not known yet",
+    "conversion": "few clicks, of those that convert more easily than other rows would; conversions are known at once",
     "flip20": "a fifth of the clicks is recorded as none, depending on user and item",
     "pooled": "only what an old retriever ranks high is judged; the rest is labelled 0",
     "fair": "a sensitive attribute of the user leaks into tastes and exposure",

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recsys.abilities import Listwise
 from recsys.contracts import Metric
 from recsys.data.batches import TrainBatches
 from recsys.data.groups import GroupBatches
@@ -93,7 +92,7 @@ def _batches(run: Run, options: TrainOptions) -> TrainBatches | GroupBatches:
         RecipeError: such a loss, and sampled rows.
     """
     split, seed, world, make = run.split("train"), run.seed(run.stage, "order"), run.world, run.build_sampling
-    if not isinstance(run.loss, Listwise) or not run.loss.compares_groups:
+    if not run.whole_groups:
         return TrainBatches(
             split,
             options.batch_size,

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from recsys.abilities import Listwise
 from recsys.contracts import EncodedSchema, Exporter, Loss, Metric, Propensity, Selection, metric_name
 from recsys.data.encode import Encoder
 from recsys.data.sampling import Sampling
@@ -187,6 +188,11 @@ class Run:
         """Take up what `loss_state` gave."""
         if isinstance(self.loss, nn.Module):
             self.loss.load_state_dict(state)
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the loss compares the rows of a group, so that it must see all of them in one batch."""
+        return isinstance(self.loss, Listwise) and self.loss.compares_groups
 
     def keep_weights(self) -> None:
         """Save the model as it is now, and the loss's state; stages that change the model call this last."""

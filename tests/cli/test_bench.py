@@ -86,6 +86,49 @@ def test_a_table_is_run_summed_up_and_not_run_again(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "mlp" / "seed-2023").exists()
 
 
+TWO = "['data.label={first: y, second: {column: y, positive: [0]}}']"
+TOLD = """
+from recsys.api import Component, hookimpl
+
+class Told:
+    name = "told"
+    def run(self, run):
+        scores = run.scores["test"]
+        scores["twice"] = 2 * scores.get("second/gauc", scores.get("gauc"))
+    def results(self):
+        return ("twice",)
+
+@hookimpl
+def recsys_components():
+    return [Component("stage", "told", Told)]
+"""
+
+
+def test_a_column_may_be_of_one_task_or_what_another_stage_measures(tmp_path: Path) -> None:
+    """Catches a table whose column is empty because a result bears the name of its task."""
+    (tmp_path / "told.py").write_text(TOLD)
+    overrides = [
+        "data.label={first: y, second: {column: y, positive: [0]}}",
+        "data.context={group: d}",
+        "stages=[{use: fit}, {use: evaluate, metrics: [gauc]}, {use: told}]",
+        "train.epochs=1",
+    ]
+    alone = ["data.label={second: {column: y, positive: [0]}}", "data.context={group: d}", "train.epochs=1"]
+    alone.append("stages=[{use: fit}, {use: evaluate, metrics: [gauc]}, {use: told}]")
+    rows = (
+        f"[{{recipe: recipe.yaml, overrides: {overrides}}}, {{recipe: recipe.yaml, name: alone, overrides: {alone}}}]"
+    )
+    path = table(tmp_path, f"metrics: [second/gauc, twice]\nrows: {rows}")
+    done = bench(path, "--out", "out", "--seeds", 1, "--json", "--plugin", tmp_path / "told.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    both, one = json.loads(done.stdout.splitlines()[-1])["rows"]
+    for row in (both, one):
+        found = {name: spread["mean"] for name, spread in row["metrics"].items()}
+        assert 0 < found["second/gauc"] < 1
+        assert found["twice"] == 2 * found["second/gauc"]
+    assert both["metrics"] != one["metrics"]
+
+
 VARIED = """
 seeds: 2
 metrics: [auc]
@@ -166,6 +209,9 @@ def test_what_was_stopped_goes_on(tmp_path: Path) -> None:
         ),
         ("rows: [{recipe: recipe.yaml}, {recipe: recipe.yaml}]", "'recipe' is in the table already"),
         ("rows: [{recipe: recipe.yaml}]\nmetrics: [aux]", "Did you mean 'auc'"),
+        ("rows: [{recipe: recipe.yaml}]\nmetrics: [labels/auc]", "no task 'labels'. Did you mean 'label'"),
+        (f"rows: [{{recipe: recipe.yaml, overrides: {TWO}}}]\nmetrics: [seconds/auc]", "Did you mean 'second'"),
+        (f"rows: [{{recipe: recipe.yaml, overrides: {TWO}}}]\nmetrics: [second/aux]", "Did you mean 'auc'"),
         ("rows: [{recipe: recipe.yaml, overrides: [train.epoch=3]}]", "Did you mean 'epochs'"),
         ("seeds: 2", "rows"),
         ("rows: [{recipe: recipe.yaml, vary: {option: model.embedding.dims, values: [2]}}]", "Did you mean 'dim'"),

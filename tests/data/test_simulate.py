@@ -85,6 +85,57 @@ def test_a_log_of_clicks_is_streamed_and_equal(monkeypatch):
     assert_frame_equal(lazy.collect(), clicks, check_exact=True)
 
 
+@pytest.mark.parametrize("clicks_only", [False, True])
+def test_what_train_rows_know_of_conversions(clicks_only, monkeypatch):
+    """Catches a stream without its negatives, one that knows the future, and a final form that does not."""
+    options = {"rows": 12_000, "preset": "delayed", "users": 500, "items": 100, "clicks_only": clicks_only}
+    known, stream, final = (Simulated(ROOT, **options, form=form) for form in ("snapshot", "stream", "final"))
+    now = known.scan("train").collect()
+    want = [row | {"y": 0, "conversion": 0, "delay": 0.0} for row in now.iter_rows(named=True)]
+    want += [row | {"ts": row["ts"] + round(row["delay"] * 86_400)} for row in now.iter_rows(named=True) if row["y"]]
+    got = stream.scan("train").collect()
+    assert got.to_dicts() == sorted(want, key=lambda row: (row["ts"], row["y"]))
+    assert got.schema == now.schema
+    assert (got["row_id"] == stream.truth("train").collect()["row_id"]).all()
+    assert got["ts"].max() <= known.scan("valid").collect()["ts"].min(), "of the past"
+    due = final.truth("train").collect()
+    due = due.with_columns(y=pl.col("Z") * (pl.col("true_delay") <= 30) * final.scan("train").collect()["click"])
+    assert final.scan("train").collect()["y"].to_list() == due["y"].to_list()
+    assert due["y"].sum() > 1.1 * now["y"].sum()
+    for split in ("valid", "test"):
+        for other in (stream, final):
+            assert_frame_equal(other.scan(split).collect(), known.scan(split).collect(), check_exact=True)
+    monkeypatch.setattr(simulate, "BLOCK", 4000)
+    pieces = Simulated(ROOT, **options, form="stream").scan("train")
+    order = ["row_id", "y"]
+    assert_frame_equal(pieces.collect().sort(order), got.sort(order), check_exact=True)
+    assert_frame_equal(pieces.head(700).collect(), pieces.collect().head(700), check_exact=True)
+    assert got["y"].head(700).sum() > 0
+    with pytest.raises(RecipeError, match="no conversion comes late in the world 'mnar'"):
+        Simulated(ROOT, preset="mnar", form="stream")
+
+
+@pytest.mark.parametrize("name", ["confounded", "slate-pbm", "flip20"])
+def test_a_true_propensity_is_the_chance_of_being_seen(name, monkeypatch):
+    """Catches what the policy knows in the place of θ, in whole logs and in those that are read in pieces."""
+    plain = Simulated(ROOT, rows=20_000, preset=name, users=300, items=100)
+    true = Simulated(ROOT, rows=20_000, preset=name, users=300, items=100, true_propensity=True)
+    for split in ("train", "uniform"):
+        log, truth = true.scan(split).collect(), true.truth(split).collect()
+        np.testing.assert_array_equal(log["propensity"], truth["theta"].cast(pl.Float32))
+        assert_frame_equal(log.drop("propensity"), plain.scan(split).collect().drop("propensity", strict=False))
+    log, truth = true.scan("train").collect(), true.truth("train").collect()
+    if name != "flip20":  # whose rows are all shown
+        assert np.abs(log["propensity"] - plain.scan("train").collect()["propensity"]).max() > 0.1
+        ratio = truth["O"].to_numpy() / log["propensity"].to_numpy()
+        assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(len(ratio))
+    monkeypatch.setattr(simulate, "BLOCK", 4000)
+    assert_frame_equal(
+        Simulated(ROOT, rows=20_000, preset=name, users=300, items=100, true_propensity=True).scan("train").collect(),
+        log,
+    )
+
+
 def test_identity_follows_every_option():
     """Catches a cache that serves one world's rows for another."""
     options = [
@@ -99,6 +150,10 @@ def test_identity_follows_every_option():
         {"randomised": 0.1},
         {"preset": "delayed"},
         {"preset": "delayed", "clicks_only": True},
+        {"preset": "delayed", "form": "stream"},
+        {"preset": "delayed", "form": "final"},
+        {"preset": "conversion"},
+        {"true_propensity": True},
     ]
     names = [Simulated(ROOT, **o).identity() for o in options]
     assert len(set(names)) == len(options)
@@ -115,7 +170,7 @@ def test_sizes_of_nothing_are_refused(option):
     assert np.isnan(smallest.best_auc("test"))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mnar", "flip20", "delayed", "slate-pbm"])
+@pytest.mark.parametrize("name", ["quickstart", "mnar", "flip20", "delayed", "conversion", "slate-pbm"])
 def test_reference_is_the_metric_of_the_true_probability(name):
     """Catches a reference of γ where exposure hides clicks, of other rows, or of the click's expectation."""
     source = Simulated(ROOT, rows=20_000, preset=name, users=300, items=100)
@@ -203,6 +258,7 @@ MANIFESTS = {
     "slate-pbm": "42440eafb63a4b57",
     "slate-cascade": "5cf0ec8443ad3028",
     "delayed": "edd97cec1c8e51b8",
+    "conversion": "a07b7998d3c17ab8",
     "flip20": "2802b5bde1818ed6",
     "pooled": "4cfce63c671d760e",
     "fair": "8d3a4a4a326320b4",

@@ -40,7 +40,7 @@ def test_labels_are_drawn_with_the_chance_that_is_told(name):
         log, truth = world.rows(0, 40_000, region)
         p, y = truth["chance"].to_numpy(), log["y"].to_numpy()
         assert worst_cell(y - p, p * (1 - p), p) < 4.5
-        if region is Region.UNIFORM and name != "delayed":
+        if region is Region.UNIFORM and name not in ("delayed", "conversion"):
             assert log["y"].equals(truth["R"].alias("y"))
 
 
@@ -213,3 +213,17 @@ def test_a_log_of_clicks_needs_conversions():
         make_config("mnar", rows=10, seed=0, clicks_only=True)
     assert not make_config("quickstart", rows=10, seed=0).selective
     assert replace(make_config("quickstart", rows=10, seed=0), exposure=Exposure()).selective
+
+
+def test_clicked_rows_convert_more_easily_and_nothing_is_late():
+    """S7: catches a world in which what clicked rows tell holds for all rows, or one that mixes in late conversions."""
+    world = small("conversion")
+    log, truth = world.rows(0, ROWS)
+    clicked = log["click"].to_numpy() == 1
+    assert ((log["conversion"] == 1) == ((log["click"] == 1) & (truth["Z"] == 1))).mean() > 1 - 1e-4
+    due = 1 / (1 + np.exp(-truth["zeta"].to_numpy()))
+    assert abs(z(truth["Z"].to_numpy()[clicked], 0.3)) < 4
+    assert due[clicked].mean() > 1.5 * due.mean()
+    free, free_truth = world.rows(0, 20_000, Region.UNIFORM)
+    assert free["click"].min() == 1
+    assert abs(z(free["conversion"].to_numpy() - 1 / (1 + np.exp(-free_truth["zeta"].to_numpy())))) < 4

@@ -74,6 +74,9 @@ def test_a_planted_attribute_is_found_in_users_and_in_what_they_get(logs, monkey
     assert found["users"]["auc"] > 0.95
     assert found["top_3"]["auc"] > 0.8
     assert found["users"]["largest_class"] == pytest.approx(0.5, abs=0.1)
+    written = json.loads((logs / "run" / "metrics.json").read_text())["metrics"]["test"]
+    assert {name for name in written if name.startswith("probe")} == set(AttributeProbe(top=3).results())
+    assert written["probe_top_3_auc"] == found["top_3"]["auc"]
     _, run, _ = load_trained(logs / "run", load_registry(), Console())
     run.model.eval()
     schema, history = run.schema, run.schema.histories[0]

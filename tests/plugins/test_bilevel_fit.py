@@ -67,9 +67,22 @@ class Aiming(Weighed):
     def architecture(self) -> tuple[nn.Parameter, ...]:
         return (self.alpha,) if self.wanted >= 0 else ()
 
+class Lists:
+    """Compares the rows of a group, without a state."""
+
+    compares_groups = True
+    needs = ("group",)
+
+    def __init__(self, tasks) -> None:
+        self.tasks = tasks
+
+    def __call__(self, logits, batch) -> Tensor:
+        return torch.stack([(z - z.mean()).square().mean() for z in logits.values()]).mean()
+
 @hookimpl
 def recsys_components():
-    return [Component("embedding", "weighed", Weighed), Component("embedding", "aiming", Aiming)]
+    parts = [("embedding", "weighed", Weighed), ("embedding", "aiming", Aiming), ("loss", "lists", Lists)]
+    return [Component(*part) for part in parts]
 '''
 
 BASE = (
@@ -310,6 +323,25 @@ def test_what_cannot_be_searched_is_told(plugin: Path) -> None:
     run.splits = {"train": run.splits["train"]}
     with pytest.raises(RecipeError, match="no split 'valid'"):
         BilevelFit().run(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["loss={use: dla, positions: 10}", "data.context={group: user, position: hour}"], "weights of its own"),
+        (["loss=lists", "data.context={group: user}"], "compares the rows of a group"),
+        (["loss=snips", "propensity=popularity"], r"keeps a state over the batches \(mean, total\)"),
+        (["loss=bpr", "sampling={item: item}", "data.context={group: user}"], "remove the block `sampling:`"),
+    ],
+)
+def test_losses_that_need_more_than_a_batch_are_refused_before_anything_is_trained(
+    plugin: Path, changes: list[str], message: str
+) -> None:
+    """Catches validation batches that teach a loss, and lists that are compared in pieces."""
+    run, recipe, registry = start(plugin, "run", *changes)
+    with pytest.raises(RecipeError, match=message):
+        run_stages(run, recipe, registry)
+    assert not run.state["stages"]
 
 
 def test_a_second_order_of_several_processes_is_refused(plugin: Path) -> None:

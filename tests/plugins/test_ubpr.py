@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from pairs_world import ITEMS, USERS, pairs_world
 from torch import nn
 
+from recsys.abilities import Weighing
 from recsys.contracts import Batch, EncodedSchema, Field
 from recsys.testing import contract
+from recsys.train.weights import SIZE, weighed, weight_facts
 from recsys_ubpr import UBPR, UPL
 
 REPETITIONS, PAIRS = 200, 15_000
@@ -154,6 +156,19 @@ def test_upl_with_a_wrong_estimate_is_biased(world, chosen):
     half = torch.full((2 * PAIRS,), 0.05).double()
     (wrong,), ideal = draws_of(world, chosen, [known_upl(half)])
     assert abs(off(wrong, ideal)) > 10
+
+
+@pytest.mark.parametrize("loss", [UBPR(("label",), floor=0.2), UPL(("label",), SCHEMA, floor=0.2)])
+def test_the_weights_that_training_watches_are_those_of_clicked_rows_of_both_sides(loss):
+    """Catches a loss that training does not see as one of weights, and weights of rows that have none."""
+    assert isinstance(loss, Weighing)
+    given_rows = batch(torch.tensor([1.0, 0, 1, 0]), torch.tensor([0.1, 0.1, 0.5, 0.3]), torch.arange(4), 1)
+    raw, used = loss.weights(given_rows)
+    assert raw.tolist() == pytest.approx([10.0, 0, 2, 0])
+    assert used.tolist() == pytest.approx([5.0, 0, 2, 0])
+    facts = weight_facts(weighed(torch.zeros(SIZE, dtype=torch.float64), raw, used, given_rows))
+    assert facts["ess"] == pytest.approx(12**2 / 104)
+    assert facts["clipped"] == 0.5
 
 
 def test_an_item_against_itself_is_left_out():
