@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "lightning", "torchmetrics", "pluggy", "safetensors"),
     "graph": ("onnx", "onnxruntime"),
     "serve": ("onnxruntime", "fastapi", "uvicorn", "httptools", "prometheus_client"),
+    "grpc": ("grpc", "google.protobuf"),
     "index": ("onnx", "onnxscript", "onnxruntime", "usearch"),
     "report": ("matplotlib",),
 }

@@ -48,6 +48,16 @@ def command(
             "none.",
         ),
     ] = 9090,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(
+            "--grpc-port",
+            min=0,
+            max=65535,
+            rich_help_panel=_NETWORK,
+            help="Also answer over gRPC, on this port; 0 takes a free one. Needs the extra `grpc`.",
+        ),
+    ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, rich_help_panel=_LIMITS, help="Bytes of one body.")] = 8
     << 20,
     max_rows: Annotated[
@@ -147,7 +157,7 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Answer requests for scores with a bundle, over HTTP.
+    """Answer requests for scores with a bundle, over HTTP and gRPC.
 
     `recsys serve runs/mine/bundle`, then `curl -d '{"user": "u17", "item": "i4"}' -H 'content-type: application/json'
     127.0.0.1:8080/v1/score`; or the Open Inference Protocol below /v2. The server says ready (/v2/health/ready) only
@@ -156,6 +166,8 @@ def command(
     Needs the extra `serve`, not torch.
     """
     require("serve")
+    if grpc_port is not None:
+        require("grpc")
     from recsys.deploy.server.access import Token
     from recsys.deploy.server.limits import Limits
     from recsys.deploy.server.run import Options, serve
@@ -184,6 +196,7 @@ def command(
         port=port,
         metrics_host=metrics_host,
         metrics_port=None if metrics_port < 0 else metrics_port,
+        grpc_port=grpc_port,
         limits=limits,
         threads=concurrency or len(os.sched_getaffinity(0)),
         graph_threads=threads,

@@ -134,7 +134,7 @@ def _add_models(app: FastAPI, service: Service, name: str) -> None:
         def read(body: bytes, predictor: Predictor, limits: Limits) -> Sequence[Row]:
             if version not in (None, predictor.id):
                 raise _unknown("version", "is not the one that is served")
-            calls.append(Call(body, None if header is None else header.encode(), limits))
+            calls.append(Call.of_body(body, None if header is None else header.encode(), limits))
             return calls[-1].rows(predictor)
 
         answer = await service.answer(await request.body(), read)

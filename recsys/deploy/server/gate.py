@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,7 +77,8 @@ class Gate:
             seconds = time.perf_counter() - began
             self._metrics.answered(endpoint, told.status, seconds)
             if self._log is not None:
-                self._write(scope, endpoint, told, seconds)
+                about = {"endpoint": endpoint, "status": told.status, "bytes": told.bytes}
+                write_line(self._log, scope["method"], seconds, {**about, **scope.get("state", {}).get("told", {})})
 
     async def _guarded(self, scope: Scope, receive: Receive, told: _Told, endpoint: str) -> None:
         held = 0
@@ -141,18 +142,16 @@ class Gate:
             if self._held > limits.held:
                 raise Refused(503, "too many large bodies at once; try again later", close=True)
 
-    def _write(self, scope: Scope, endpoint: str, told: _Told, seconds: float) -> None:
-        """Log one request; neither its path nor its headers, which may hold secrets, nor its values."""
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "method": scope["method"],
-            "endpoint": endpoint,
-            "status": told.status,
-            "milliseconds": round(seconds * 1000, 3),
-            "bytes": told.bytes,
-            **scope.get("state", {}).get("told", {}),
-        }
-        print(json.dumps(line), file=self._log, flush=True)
+
+def write_line(log: TextIO, method: str, seconds: float, about: Mapping[str, Any]) -> None:
+    """Log one request; neither its path nor its headers, which may hold secrets, nor its values."""
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "method": method,
+        "milliseconds": round(seconds * 1000, 3),
+        **about,
+    }
+    print(json.dumps(line), file=log, flush=True)
 
 
 class _Told:
@@ -208,4 +207,4 @@ def _whole(body: bytes) -> Receive:
     return receive
 
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "write_line"]

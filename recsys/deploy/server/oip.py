@@ -62,19 +62,17 @@ class Call:
     """One request: its rows, and the form that the answer is to have.
 
     Args:
-        body: JSON, and after it the bytes of binary tensors.
-        header: value of `Inference-Header-Content-Length`, the length of the JSON; None for JSON alone.
+        request: an object with `inputs`, as JSON gives it.
+        blobs: the bytes of its binary tensors, one after the other.
         limits: of requests.
 
     Raises:
         Refused: it is no such request.
     """
 
-    def __init__(self, body: bytes, header: bytes | None, limits: Limits) -> None:
-        length = _length(header, len(body))
+    def __init__(self, request: Any, blobs: bytes | memoryview, limits: Limits) -> None:
         self._limits = limits
-        self._binary = memoryview(body)[length:]
-        request = parse(body[:length] if header is not None else body, limits)
+        self._binary = memoryview(blobs)
         if not isinstance(request, dict):
             raise Refused(400, f"{shown(request)} is no request; expected an object with `inputs`")
         self._inputs = _objects(request, "inputs", needed=True)
@@ -91,6 +89,21 @@ class Call:
         for name in self.outputs:
             if name not in OUTPUTS:
                 raise Refused(400, f"there is no output {shown(name)}; outputs: {', '.join(OUTPUTS)}")
+
+    @classmethod
+    def of_body(cls, body: bytes, header: bytes | None, limits: Limits) -> Call:
+        """Read a request of HTTP.
+
+        Args:
+            body: JSON, and after it the bytes of binary tensors.
+            header: value of `Inference-Header-Content-Length`, the length of the JSON; None for JSON alone.
+            limits: of requests.
+
+        Raises:
+            Refused: it is no such request.
+        """
+        length = _length(header, len(body))
+        return cls(parse(body[:length] if header is not None else body, limits), memoryview(body)[length:], limits)
 
     def rows(self, predictor: Predictor) -> Sequence[Row]:
         """Return the raw rows of the request.
@@ -225,7 +238,7 @@ class Call:
         blobs: list[bytes] = []
         for name, binary in self.outputs.items():
             told = scores.probability if name == "probability" else scores.logit
-            matrix: npt.NDArray[np.float64] = np.stack([told[task] for task in tasks], axis=1)
+            matrix = stacked(told, tasks)
             tensor: dict[str, Any] = {"name": name, "datatype": "FP64", "shape": list(matrix.shape)}
             if binary:
                 blobs.append(matrix.astype("<f8").tobytes())
@@ -237,6 +250,11 @@ class Call:
         head = {"model_name": model, "model_version": version, **told_id, "outputs": tensors}
         text = json.dumps(head, separators=(",", ":")).encode()
         return b"".join([text, *blobs]), len(text) if blobs else None
+
+
+def stacked(told: Mapping[str, npt.NDArray[np.float64]], tasks: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return `{task: [B]}` as `[B, T]`."""
+    return np.stack([told[task] for task in tasks], axis=1)
 
 
 def _range(kind: str) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import resource
 import socket
@@ -40,6 +41,7 @@ class Options:
         port: for scores; 0 takes a free one.
         metrics_host: address for metrics.
         metrics_port: for metrics; 0 takes a free one, None opens none.
+        grpc_port: for gRPC, at the address for scores; 0 takes a free one, None opens none.
         limits: of requests.
         threads: requests that are scored at once.
         graph_threads: that one run of the graph may use.
@@ -56,6 +58,7 @@ class Options:
     port: int = 8080
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = 9090
+    grpc_port: int | None = None
     limits: Limits = field(default_factory=Limits)
     threads: int = 1
     graph_threads: int = 1
@@ -109,9 +112,9 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     say(f"listening on http://{_address(own)}")
     failed: list[RecsysError] = []
     loading = threading.Thread(target=_load, args=(service, options, main, failed, say), name="load", daemon=True)
-    loading.start()
     try:
-        main.run([own])
+        with asyncio.Runner(loop_factory=main.config.get_loop_factory()) as runner:
+            runner.run(_until_told(main, own, service, options, say, loading.start))
     except KeyboardInterrupt:
         pass
     finally:
@@ -121,6 +124,30 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             thread.join(_GRACE)
     if failed:
         raise failed[0]
+
+
+async def _until_told(
+    main: uvicorn.Server,
+    own: socket.socket,
+    service: Service,
+    options: Options,
+    say: Callable[[str], None],
+    load: Callable[[], None],
+) -> None:
+    """Answer over HTTP, and over gRPC where that is asked for, until the process is told to stop."""
+    rpc = None
+    if options.grpc_port is not None:
+        from recsys.deploy.server.rpc import Rpc
+
+        calls = Rpc(service, options.name, token=options.token, log=options.log)
+        rpc, port = await calls.start(options.host, options.grpc_port)
+        say(f"gRPC on {options.host}:{port}")
+    load()
+    try:
+        await main.serve([own])
+    finally:
+        if rpc is not None:
+            await rpc.stop(_GRACE)
 
 
 def _load(
