@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, settings
 # Read by torch when it is first imported, here and in the processes that tests start: the tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# No test is about time: on a busy machine an example may take any while.
-settings.register_profile("recsys", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No test is about time: on a busy machine an example may take any while. Where CI is set, the examples are the same
+# every time, so that a change is judged by what it does; anywhere else they are new ones, and find more.
+settings.register_profile(
+    "recsys", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
 settings.load_profile("recsys")
 
 

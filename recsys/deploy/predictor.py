@@ -127,7 +127,7 @@ class Predictor:
                 parts.append(self.score(encode(table[first : first + _CHUNK])))
             except RequestError as error:
                 raise error.after(first) from None
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        return parts[0] if len(parts) == 1 else together(parts)
 
     def feeds(self, encoded: Encoded) -> dict[str, npt.NDArray[Any]]:
         """Return encoded rows under the names of the graph's inputs."""
@@ -250,7 +250,8 @@ def _session(content: bytes, threads: int, path: Path) -> Any:
         raise BundleError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {error}") from None
 
 
-def _joined(parts: Sequence[Scores]) -> Scores:
+def together(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of all parts, one after the other."""
     tasks = tuple(parts[0].logit)
     return Scores(
         {task: np.concatenate([p.logit[task] for p in parts]) for task in tasks},

@@ -197,9 +197,11 @@ def test_recent_rows_weigh_more(predictor: Predictor) -> None:
     drift = Drift(predictor)
     good, bad = predictor.encoder.rows(ROWS[:1]), predictor.encoder.rows([{**ROWS[0], "item": "never seen"}])
     drift.saw(good, predictor.score(good))
+    drift.counted()
     drift.unknown.recent *= 0.5
     drift.values.recent *= 0.5
     drift.saw(bad, predictor.score(bad))
+    drift.counted()
     ratio = told(drift)["recsys_recent_ratio"][("item", "unknown")]
     assert ratio == pytest.approx(1 / (1 + 0.5), abs=1e-3)
     assert HALF > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from recsys.deploy.server.limits import Refused
 from recsys.errors import RequestError
 
 T = TypeVar("T")
+_AT_ONCE = 0.0005
+"""Runs that take no more seconds happen where requests are read: to wake a thread, and be woken, takes as long."""
+_SMOOTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Batcher:
     """Runs work in a few threads, and joins small requests.
 
     While all threads are busy, requests gather; the next free thread takes as many of the oldest as one run may have.
-    Requests for different models are never joined.
+    Requests for different models are never joined. Runs that are known to be short need no thread.
 
     Args:
         threads: that score at once.
@@ -56,6 +60,7 @@ class Batcher:
         self._jobs: deque[Job] = deque()
         self._running = 0
         self._calls = 0
+        self._row_seconds = float("inf")
         self._timer: asyncio.Handle | None = None
 
     async def call(self, work: Callable[[], T]) -> T:
@@ -101,11 +106,18 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while self._jobs and self._running < self._threads:
             jobs = self._next()
-            if jobs:
-                self._running += 1
-                self._observe(sum(job.rows for job in jobs))
-                work = loop.run_in_executor(self._pool, score_jobs, jobs)
-                work.add_done_callback(partial(self._finish, jobs))
+            rows = sum(job.rows for job in jobs)
+            if not jobs:
+                return
+            self._observe(rows)
+            if rows * self._row_seconds <= _AT_ONCE:
+                self._settle(jobs, *_timed(jobs))
+                if self._jobs:  # what else is ready comes first
+                    self._timer = loop.call_soon(self._start)
+                return
+            self._running += 1
+            work = loop.run_in_executor(self._pool, _timed, jobs)
+            work.add_done_callback(partial(self._finish, jobs))
 
     def _next(self) -> list[Job]:
         jobs: list[Job] = []
@@ -121,20 +133,37 @@ class Batcher:
             rows += job.rows
         return jobs
 
-    def _finish(self, jobs: Sequence[Job], done: asyncio.Future[list[Scores | Exception]]) -> None:
+    def _finish(self, jobs: Sequence[Job], done: asyncio.Future[tuple[list[Scores | Exception], float]]) -> None:
         self._running -= 1
-        error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        results: Sequence[Any] = [error] * len(jobs) if error is not None else done.result()
+        if done.cancelled():
+            for job in jobs:
+                job.scores.cancel()
+        else:
+            self._settle(jobs, *done.result())
+        self._start()
+
+    def _settle(self, jobs: Sequence[Job], results: Sequence[Scores | Exception], seconds: float) -> None:
+        """Give the jobs their results, and learn how long a row takes."""
+        now = seconds / max(sum(job.rows for job in jobs), 1)
+        known = self._row_seconds < float("inf")
+        self._row_seconds = (1 - _SMOOTH) * self._row_seconds + _SMOOTH * now if known else now
         for job, result in zip(jobs, results, strict=True):
             if job.scores.done():
                 continue
-            if isinstance(result, asyncio.CancelledError):
-                job.scores.cancel()
-            elif isinstance(result, BaseException):
+            if isinstance(result, Exception):
                 job.scores.set_exception(result)
             else:
                 job.scores.set_result(result)
-        self._start()
+
+
+def _timed(jobs: Sequence[Job]) -> tuple[list[Scores | Exception], float]:
+    """Return the scores of each job, and the seconds of this thread's processor that they took together."""
+    began = time.thread_time()
+    try:
+        results = score_jobs(jobs)
+    except Exception as error:  # whatever it is, every request gets an answer
+        results = [error] * len(jobs)
+    return results, time.thread_time() - began
 
 
 def score_jobs(jobs: Sequence[Job]) -> list[Scores | Exception]:

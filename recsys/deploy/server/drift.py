@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,16 @@ from prometheus_client.metrics_core import Metric
 
 from recsys.contracts import NULL_ID, UNKNOWN_ID
 from recsys.deploy.encode import Encoded
-from recsys.deploy.predictor import Predictor, Scores
+from recsys.deploy.predictor import Predictor, Scores, together
+from recsys.deploy.server.batch import joined
 from recsys.deploy.spec import NumberColumn
 
 HALF = 10_000
 """So many rows ago, a row counts half."""
 EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 """Upper ends of the bins of scores."""
+_TOGETHER = 256
+"""So many rows are counted at once; counting each row alone would cost as much as scoring it."""
 _SMALLEST = 1e-4
 _NEAR = 1e-6
 Floats = npt.NDArray[np.float64]
@@ -58,13 +62,34 @@ class Drift:
         self.values, self.missing, self.unknown = Tally(names), Tally(names), Tally(names)
         self._bins = Tally(*self._edges.shape)
         self.clipped = 0
+        self._waiting: list[tuple[Encoded, Scores]] = []
+        self._rows = 0
+        self._lock = threading.Lock()
         self._histogram = np.zeros((len(self._tasks), len(EDGES) + 1))
         self._sums = np.zeros(len(self._tasks))
         self._at_most = Tally(len(self._tasks), max((len(s["edges"]) for s in self._scores.values()), default=0))
         self._scored = Tally(1)
 
     def saw(self, encoded: Encoded, scores: Scores) -> None:
-        """Count rows."""
+        """Take note of rows; they are counted when there are some of them, or when somebody asks."""
+        with self._lock:
+            self._waiting.append((encoded, scores))
+            self._rows += len(scores)
+            if self._rows >= _TOGETHER:
+                self._count()
+
+    def counted(self) -> None:
+        """Count what waits."""
+        with self._lock:
+            self._count()
+
+    def _count(self) -> None:
+        if self._waiting:
+            encoded, scores = zip(*self._waiting, strict=True)
+            self._waiting, self._rows = [], 0
+            self._add(joined(encoded), together(scores))
+
+    def _add(self, encoded: Encoded, scores: Scores) -> None:
         rows, numbers = len(encoded.ids), len(self._numbers)
         parts = [(np.full(len(self._ids) + numbers, rows), *_rates(encoded.ids))]
         for events, length in encoded.lists:
@@ -96,6 +121,7 @@ class Drift:
 
     def collect(self) -> Iterable[Metric]:
         """Yield what Prometheus reads."""
+        self.counted()
         names = [*self._ids, *self._numbers, *self._lists]
         told: list[tuple[str, str, Tally]] = [
             ("recsys_values", "Values that were read (events, for lists)", self.values),
