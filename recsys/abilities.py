@@ -245,6 +245,22 @@ class Weighing(Protocol):
 
 
 @runtime_checkable
+class Summing(Protocol):
+    """A loss that tells facts of its own about the rows of every epoch; they stand in the history with its weights'."""
+
+    def sums(self) -> Any:
+        """Of the batch that `forward` saw last, `[S]` float64, added up over batches and processes.
+
+        Zeros before the first one; without gradient.
+        """
+        ...
+
+    def facts(self, sums: Any) -> Mapping[str, float]:
+        """What the sums of an epoch say, by name; NaN where it is undefined."""
+        ...
+
+
+@runtime_checkable
 class Checking(Protocol):
     """A stage that can tell, before anything is trained, what the run lacks for it."""
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from recsys.abilities import Weighing
+from recsys.abilities import Summing, Weighing
 from recsys.contracts import Batch, Metric
 from recsys.errors import RecipeError, RunError
 from recsys.train.checkpoint import load_checkpoint, save_checkpoint
@@ -33,8 +33,9 @@ T = TypeVar("T")
 ASK_EVERY = 16
 """Steps after which ranks ask each other whether one of them was told to stop; alone, a process knows at once."""
 
-WEIGHTS = "weights/"
-"""What an epoch's weights of rows were like is recorded under such names, and told at the end of the stage."""
+WEIGHTS, FACTS = "weights/", "loss/"
+"""What weights of rows were like in an epoch, and what the loss tells, is recorded under such names, and told at the
+end of the stage."""
 
 UNSHOWN = ("learning_rate", "train/skipped_steps")
 """Numbers of an epoch that are recorded but not printed; skipped steps have their own lines."""
@@ -139,9 +140,12 @@ class Epochs(Callback):
             self.task.loss_sum = self._resumed[0]["loss_sum"][self.run.world.rank].to(self.run.device)
             if "weighing" in self._resumed[0]:
                 self.task.weighing = self._resumed[0]["weighing"][self.run.world.rank].to(self.run.device)
+            if "loss_facts" in self._resumed[0]:
+                self.task.loss_facts = self._resumed[0]["loss_facts"][self.run.world.rank].to(self.run.device)
         else:
             self.task.loss_sum = torch.zeros_like(self.task.loss_sum)
             self.task.weighing = torch.zeros_like(self.task.weighing)
+            self.task.loss_facts = torch.zeros_like(self.task.loss_facts)
 
     def on_train_batch_end(
         self,
@@ -185,7 +189,7 @@ class Epochs(Callback):
         scores = {"train/loss": self._train_loss(skipped), "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
         if self.options.non_finite == "skip":
             scores["train/skipped_steps"] = float(skipped)
-        scores |= self._weigh(epoch)
+        scores |= self._weigh(epoch) | self._loss_facts()
         scores |= {f"valid/{name}": value for name, value in self._score().items()}
         self.history.append(scores)
         reached = self.run.model.reached()
@@ -239,6 +243,17 @@ class Epochs(Callback):
         return float(gather_rows(local).mean())
 
     @staticmethod
+    def loss_facts(scores: Mapping[str, float]) -> dict[str, float]:
+        """What the loss tells of an epoch's rows; empty for most."""
+        return _with_prefix(scores, FACTS)
+
+    def _loss_facts(self) -> dict[str, float]:
+        if not isinstance(self.run.loss, Summing):
+            return {}
+        sums = gather_rows(self.task.loss_facts[None].to(self.run.device)).sum(0).cpu()
+        return {f"{FACTS}{name}": value for name, value in self.run.loss.facts(sums).items()}
+
+    @staticmethod
     def weight_facts(scores: Mapping[str, float]) -> dict[str, float]:
         """What the weights of rows were like in an epoch; empty where the loss has none."""
         return _with_prefix(scores, WEIGHTS)
@@ -273,7 +288,7 @@ class Epochs(Callback):
 
     def _monitored(self, scores: Mapping[str, float]) -> float | None:
         names = [name for name in scores if name == f"valid/{self.options.monitor}"]
-        names = names or [name for name in scores if name.endswith(f"/{self.options.monitor}")]
+        names = names or [n for n in scores if n.startswith("valid/") and n.endswith(f"/{self.options.monitor}")]
         # With one class in the validation split a task's metric is undefined; if every task's is, nothing is chosen.
         values = [scores[name] for name in names if not math.isnan(scores[name])]
         if not values:
@@ -298,7 +313,7 @@ class Epochs(Callback):
         if self.logger is not None:
             self.logger.log_metrics(dict(scores), step=epoch)
             self.logger.save()
-        plain = {name: value for name, value in scores.items() if not name.startswith((*UNSHOWN, WEIGHTS))}
+        plain = {name: value for name, value in scores.items() if not name.startswith((*UNSHOWN, WEIGHTS, FACTS))}
         shown = "  ".join(f"{name} {value:.5f}" for name, value in plain.items())
         self.run.say(f"{self.run.stage} · epoch {epoch}: {shown}{'  *' if better else ''}")
 
@@ -318,6 +333,8 @@ class Epochs(Callback):
         tensors["loss_sum"] = gather_rows(self.task.loss_sum[None].to(self.run.device)).cpu()
         if isinstance(self.run.loss, Weighing):
             tensors["weighing"] = gather_rows(self.task.weighing[None].to(self.run.device)).cpu()
+        if isinstance(self.run.loss, Summing):
+            tensors["loss_facts"] = gather_rows(self.task.loss_facts[None].to(self.run.device)).cpu()
         facts = {
             "epoch": epoch,
             "step": step,

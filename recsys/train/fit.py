@@ -82,6 +82,8 @@ class Fit:
         run.keep_weights()
         if epochs.history and (facts := epochs.weight_facts(epochs.history[-1])):
             run.say(f"{run.stage} · {told(facts)}")
+        if epochs.history and (facts := epochs.loss_facts(epochs.history[-1])):
+            run.say(f"{run.stage} · loss: " + ", ".join(f"{name} {value:.4f}" for name, value in facts.items()))
         _write_history(run, epochs)
 
 

@@ -9,7 +9,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from recsys.abilities import Weighing
+from recsys.abilities import Summing, Weighing
 from recsys.contracts import Batch, Loss
 from recsys.data.batches import TrainBatches
 from recsys.data.groups import GroupBatches
@@ -60,6 +60,8 @@ class Task(lightning.LightningModule):
         # No buffer: those are overwritten by the first rank's before every forward pass.
         self.loss_sum = self._loss_before = torch.zeros(())
         self.weighing = self._weighing_before = torch.zeros(SIZE, dtype=torch.float64)
+        facts = torch.zeros_like(loss.sums()) if isinstance(loss, Summing) else torch.zeros(0)
+        self.loss_facts = self._facts_before = facts
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the stage's optimizer; a fused one reads from `guard.masked` whether to make its update."""
@@ -80,6 +82,7 @@ class Task(lightning.LightningModule):
             self.guard.begin(self.step)
             self._kept.remember()
             self._loss_before, self._weighing_before = self.loss_sum, self.weighing
+            self._facts_before = self.loss_facts
 
     def configure_gradient_clipping(
         self,
@@ -105,6 +108,8 @@ class Task(lightning.LightningModule):
         self.loss_sum = torch.where(masked, self._loss_before, self.loss_sum)
         if isinstance(self.loss, Weighing):
             self.weighing = torch.where(masked, self._weighing_before, self.weighing)
+        if isinstance(self.loss, Summing):
+            self.loss_facts = torch.where(masked, self._facts_before, self.loss_facts)
         self._kept.restore_where(masked)
         self.guard.look(self.step)
         for part in self.model.stepped():
@@ -132,6 +137,8 @@ class Task(lightning.LightningModule):
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach() * batch.share
         if isinstance(self.loss, Weighing):
             self.weighing = weighed(self.weighing.to(loss.device), *self.loss.weights(batch), batch)
+        if isinstance(self.loss, Summing):
+            self.loss_facts = self.loss_facts.to(loss.device) + self.loss.sums().to(loss.device)
         return loss * batch.share
 
 

@@ -36,6 +36,13 @@ class Own(nn.Module):
         self.needs = ("propensity",)
         self.shift = nn.Parameter(0.1 * torch.randn(schema.fields[0].rows))
         self.register_buffer("seen", torch.zeros(()))
+        self.last = torch.zeros(2, dtype=torch.float64)
+
+    def sums(self) -> Tensor:
+        return self.last
+
+    def facts(self, sums: Tensor) -> dict[str, float]:
+        return {"rows": float(sums[0]), "inverse": float(sums[1] / sums[0])}
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         if self.training:
@@ -43,6 +50,8 @@ class Own(nn.Module):
             CALLS.append(1)
             if os.environ.get("STOP_AT") == str(len(CALLS)):
                 signal.raise_signal(signal.SIGTERM)
+        theta = batch.context["propensity"].double()
+        self.last = torch.stack([torch.ones_like(theta), 1 / theta]).sum(1)
         z = logits[self.tasks[0]].float() + self.shift[batch.ids[:, 0]]
         row = nn.functional.softplus(z) - batch.label[self.tasks[0]] * z
         return (row * make_weight(batch.context["propensity"], "cap", 2.0)).mean()
@@ -168,6 +177,10 @@ def test_weights_are_recorded_and_few_effective_rows_stop_the_training(
     assert 0 < history[0]["weights/clipped"] < 1
     assert "weights/calibration_z" in history[0]
     assert history[0]["weights/ess"] == pytest.approx(history[1]["weights/ess"])  # all rows, in another order
+    assert "1-fit · loss: rows 3200.0000, inverse " in told
+    assert [epoch["loss/rows"] for epoch in history] == [3200, 3200]
+    assert history[1]["loss/inverse"] == pytest.approx(history[0]["loss/inverse"])
+    assert history[0]["loss/inverse"] > 1
     assert float(table.min()) == pytest.approx(0.01)  # values without rows keep their place
     heavy = [*recipe, "loss.heavy=true", "train.batch_size=200"]
     with pytest.raises(SystemExit, match=r"effective rows of 3,200 .*below 0\.01.*allow_low_ess: true"):
@@ -211,3 +224,5 @@ def test_two_processes_train_the_loss_as_one_does(recsys: Command, recipe: list[
     one, two = (json.loads((tmp_path / n / "1-fit/history.json").read_text())["epochs"][-1] for n in ("one", "two"))
     for fact in ("ess", "clipped", "max_share", "top_share", "calibration_z"):
         assert two[f"weights/{fact}"] == pytest.approx(one[f"weights/{fact}"]), fact
+    for fact in ("rows", "inverse"):
+        assert two[f"loss/{fact}"] == pytest.approx(one[f"loss/{fact}"]), fact

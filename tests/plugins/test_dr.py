@@ -12,6 +12,7 @@ from debias_world import DIM, ITEMS, USERS, ids, world, z_score
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys.abilities import Summing
 from recsys.api import Batch, EncodedSchema, Field, RecipeError
 from recsys.testing import contract
 from recsys_dr import DoublyRobust, Imputer, doubly_robust
@@ -133,6 +134,43 @@ def test_identities() -> None:
     assert torch.equal(doubly_robust(e, e, w), e)
     assert torch.equal(doubly_robust(e, torch.zeros(3), w), w * e)
     torch.testing.assert_close(doubly_robust(e, hat, torch.ones(3)), e)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_told_of_the_imputation_is_what_loops_find(seed: int) -> None:
+    """Catches a correlation over unobserved rows, shares of other sums, and batches that are not added up."""
+    made = loss(floor=0.1)
+    assert isinstance(made, Summing)
+    total, every, seen = made.sums(), [], []
+    for part in range(2):
+        z, rows = small(12, 2 * seed + part)
+        rows = replace(rows, label={"y": torch.where(rows.context["observed"] != 0, rows.label["y"], 1e6)})
+        made({"y": z.requires_grad_()}, rows)
+        total = total + made.sums()
+        for x, y, o, theta, r in zip(
+            z.tolist(),
+            rows.label["y"].tolist(),
+            rows.context["observed"].tolist(),
+            rows.context["propensity"].tolist(),
+            imputed(made, rows),
+            strict=True,
+        ):
+            w, guess = (1 / max(theta, 0.1) if o else 0.0), math.log1p(math.exp(x)) - r * x
+            e = math.log1p(math.exp(x)) - y * x if o else 0.0
+            every.append((guess, guess + w * (e - guess), w * e))
+            seen += [(guess, e)] if o else []
+    guess, robust, plain = np.array(every).T
+    told = made.facts(total)
+    want = {
+        "imputed_mean": guess.mean(),
+        "imputed_share": guess.sum() / robust.sum(),
+        "imputed_ratio": np.array(seen)[:, 0].sum() / np.array(seen)[:, 1].sum(),
+        "imputed_correlation": np.corrcoef(np.array(seen).T)[0, 1],
+        "variance_saved": 1 - robust.var() / plain.var(),
+    }
+    assert told == pytest.approx(want, rel=1e-6)
+    assert not total.requires_grad
+    assert all(math.isnan(value) for value in made.facts(torch.zeros(12)).values())
 
 
 def test_an_unknown_field_is_named() -> None:
