@@ -136,6 +136,7 @@ class FairRec(nn.Module):
         self.weight: Tensor
         self.register_buffer("weight", torch.tensor(weight), persistent=False)
         self._parts: tuple[Tensor, Tensor] | None = None
+        self._checked = False
 
     def forward(self, target: Tensor, history: Tensor, length: Tensor) -> Tensor:
         """`[B, W], [B, L, W], [B] -> [B, W]`: u in training, u_d otherwise."""
@@ -152,7 +153,7 @@ class FairRec(nn.Module):
         """What is added to the loss of the batch seen last in training, `[]`.
 
         Raises:
-            RecipeError: the data has no context column `attribute`.
+            RecipeError: the data has no context column `attribute`, or more classes of it than `classes`.
         """
         if self._parts is None:
             return self.weight.new_zeros(())
@@ -164,6 +165,7 @@ class FairRec(nn.Module):
             raise RecipeError("fairrec: needs the context column 'attribute'; name it under data.context")
         aware, free = (full(part) for part in cast("tuple[Tensor, Tensor]", self._parts))
         attribute = batch.context["attribute"]
+        self._check(attribute)
         weight = batch.context.get("weight", torch.ones_like(attribute)).to(free.dtype)
         if isinstance(self.discriminator, Regression) and self.adversarial:
             known = weight * torch.cat([self.weight, self.weight.new_zeros(1)]).to(free.dtype)[attribute]
@@ -174,6 +176,17 @@ class FairRec(nn.Module):
             "orthogonal": self.orthogonal * (F.cosine_similarity(aware, free).abs() * weight).mean(),
             "adversarial": self._error(self.discriminator(hidden), attribute, weight),
         }
+
+    def _check(self, attribute: Tensor) -> None:
+        """Refuse classes that there are no outputs for; where asking makes a device wait, in the first batch alone."""
+        if self._checked and attribute.device.type != "cpu":
+            return
+        self._checked, largest = True, int(attribute.max())
+        if largest >= len(self.weight):
+            raise RecipeError(
+                f"fairrec: the context column 'attribute' has the class {largest}, but classes is {len(self.weight)}; "
+                f"set classes to {largest + 1}, or to the number of classes there are"
+            )
 
     def _error(self, logits: Tensor, attribute: Tensor, weight: Tensor) -> Tensor:
         """Cross-entropy of the rows whose attribute is known, divided by the number of all rows, `[]`."""

@@ -96,6 +96,21 @@ def test_a_weight_rises_with_its_own_negative_alone():
     assert float(made().both(r, positive, rows, "label")[0]) == float(base)
 
 
+@pytest.mark.parametrize("options", [{}, {"listwise": True}, {"selfnorm": True}])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_without_a_pair_there_is_no_loss_and_extremes_are_finite(options, label):
+    """No row is a positive, or every sampled row is one too."""
+    rows = batch(3, 2, labels=torch.full((9,), label).double())
+    r, s = (torch.tensor([90.0, -90, 0] * 3).double().mul(sign).requires_grad_() for sign in (1, -1))
+    both = torch.stack(made(**options).both(r, s, rows, "label"))
+    both.sum().backward()
+    assert both.tolist() == [0.0, 0.0]
+    assert not r.grad.any()
+    assert not s.grad.any()
+    wild = torch.stack(made(**options, tau=0.5).both(r.detach(), s.detach(), batch(3, 2), "label"))
+    assert bool(torch.isfinite(wild).all())
+
+
 def test_the_observer_is_taught_by_the_whole_loss_and_is_another_model():
     loss, rows = made(), batch()
     x = values(12, 7).requires_grad_()

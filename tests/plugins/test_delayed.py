@@ -210,6 +210,19 @@ def test_what_is_wrong_with_the_log_is_told(tmp_path):
         source(tmp_path).scan("train")
 
 
+@pytest.mark.parametrize("label", [[0] * 4, [1] * 4])
+@pytest.mark.parametrize("name", ["fnw", "dfm"])
+def test_finite_where_logits_and_delays_are_extreme(name, label):
+    loss = FNW(("label",)) if name == "fnw" else DFM(("label",), SCHEMA)
+    x = torch.tensor([90.0, -90.0, 90.0, -90.0], requires_grad=True)
+    data = batch(label, delay=[0.0, 0.0, 400.0, 400.0], elapsed=[0.0, 400.0, 400.0, 0.0])
+    value = loss({"label": x}, data)
+    value.backward()
+    assert math.isfinite(value.item())
+    assert bool(torch.isfinite(x.grad).all())
+    assert all(bool(torch.isfinite(p.grad).all()) for p in loss.parameters() if p.grad is not None)
+
+
 def test_contract():
     contract.without("bce_equality")("loss", FNW)
     contract.without("bce_equality")("loss", DFM)

@@ -88,6 +88,30 @@ def test_with_equal_looks_the_model_learns_from_the_plain_softmax_of_slates():
     torch.testing.assert_close(f.grad, x.grad)
 
 
+def test_where_all_stand_at_one_place_both_weights_are_those_of_equals():
+    loss, f = made()
+    group, click = [1, 1, 1, 4, 4], [1, 0, 1, 0, 1]
+    x = f.detach()[:5].requires_grad_()
+    loss({"label": x}, batch(group, [0] * 5, click)).backward()
+    y = x.detach().clone().requires_grad_()
+    parts = torch.cat([y[:3].log_softmax(0), y[3:].log_softmax(0)])
+    (-(parts * torch.tensor(click)).sum() / 5).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert loss.scores.grad is None or not loss.scores.grad.any()
+
+
+@pytest.mark.parametrize("click", [[0] * 8, [1] * 8])
+def test_finite_where_logits_are_extreme(click):
+    loss = DLA(("label",), positions=4)
+    loss.scores.data.copy_(torch.tensor([80.0, -80.0, 0.0]))
+    f = torch.tensor([90.0, -90.0, 0, 90, -90, 90, 0, -90], requires_grad=True)
+    value = loss({"label": f}, batch(GROUP, PLACE, click))
+    value.backward()
+    assert math.isfinite(value.item())
+    assert bool(torch.isfinite(f.grad).all())
+    assert bool(torch.isfinite(loss.scores.grad).all())
+
+
 def test_slates_may_come_in_any_order_and_two_halves_make_the_whole():
     loss, f = made()
     whole = loss({"label": f}, batch(GROUP, PLACE, CLICK)).item()

@@ -185,6 +185,34 @@ def test_the_weighted_loss_is_unbiased_for_all_impressions_and_the_known_mistake
         assert (abs(gap) < 4) if name in losses else (abs(gap) > 10), (name, gap)
 
 
+def settled(loss, clicks, data):
+    """The conversion logit, one for all rows, at which the loss is least, by bisection of its slope."""
+    low, high = -12.0, 12.0
+    for _ in range(60):
+        middle = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss({"click": clicks, "conversion": middle.expand(len(clicks))}, data), middle)
+        low, high = ((low + high) / 2, high) if slope < 0 else (low, (low + high) / 2)
+    return sigma((low + high) / 2)
+
+
+def test_what_inputs_do_not_tell_makes_esmm_too_sure_and_weights_that_know_it_do_not():
+    """Rows look alike, but a trait makes both click and conversion likelier: E[σ(b)] is to be the planted mean."""
+    random = np.random.default_rng(5)
+    trait = random.random(400_000) < 0.5
+    p, q = np.where(trait, 0.6, 0.1), np.where(trait, 0.5, 0.1)
+    o, z = random.random(len(p)) < p, random.random(len(q)) < q
+    data = batch(o, z)
+    blind = torch.full((len(p),), float(np.log(o.mean() / (1 - o.mean()))), dtype=torch.float64)
+    knowing = torch.from_numpy(np.log(p / (1 - p)))
+    error = math.sqrt(0.25 / o.sum())
+    esmm = settled(ESMM(TASKS), blind, data)
+    assert esmm == pytest.approx((p * q).sum() / p.sum(), abs=4 * error)  # P(z | click), not P(z)
+    assert esmm - q.mean() > 40 * error
+    weighted = ESCM2(TASKS, SCHEMA, strength=1.0, product_strength=0.0)
+    assert settled(weighted, knowing, data) == pytest.approx(q.mean(), abs=8 * error)
+    assert settled(weighted, blind, data) == pytest.approx(esmm, abs=1e-6)  # weights that do not know it
+
+
 def test_a_half_batch_twice_is_the_whole_and_rows_may_stand_in_any_order():
     given, o, z = logits(8), torch.tensor([1, 1, 0, 0, 1, 0, 1, 0]), torch.tensor([1, 0, 0, 0, 1, 0, 0, 0])
     loss = ESCM2(TASKS, SCHEMA)

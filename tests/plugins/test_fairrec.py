@@ -198,6 +198,16 @@ def test_shares_make_classes_count_the_same():
         FairRec(WIDTH, classes=3, shares=(0.5, 0.5))
 
 
+@pytest.mark.parametrize("discriminator", ["exact", "gradient"])
+def test_a_class_that_has_no_output_is_told_with_its_number(discriminator):
+    """Catches the index error of a cross-entropy, and a class beyond the last that counts as unknown."""
+    model = FairRec(WIDTH, discriminator=discriminator)
+    model(*inputs())
+    model.auxiliary(labelled([0, 1, -1, 1, 0]))
+    with pytest.raises(RecipeError, match="has the class 2, but classes is 2; set classes to 3"):
+        model.auxiliary(labelled([0, 1, 2, -1, 0]))
+
+
 def test_a_recipe_without_the_attribute_is_told():
     model = FairRec(WIDTH)
     model(*inputs())

@@ -81,6 +81,35 @@ def test_the_first_position_is_plain_cross_entropy_and_teaches_no_bias():
     )
 
 
+@given(st.floats(-4, 4), st.lists(st.floats(-8, 8), min_size=2, max_size=6))
+def test_where_all_places_are_alike_a_click_is_a_fixed_share_of_a_liking(a, xs):
+    """Catches a factor that depends on the logit: the loss of a click is −log σ(x) and a constant."""
+    loss = PAL(("label",), positions=3).double()
+    loss.bias.data.fill_(a)
+    places = [1 + i % 2 for i in range(len(xs))]
+    x = torch.tensor(xs, dtype=torch.float64)
+    clicked = loss({"label": x}, batch([1] * len(xs), places))
+    plain = -torch.nn.functional.logsigmoid(x).mean()
+    assert clicked.item() - plain.item() == pytest.approx(math.log1p(math.exp(-a)), rel=1e-9)
+    loss.bias.data.fill_(40.0)  # as good as seen
+    label = [i % 2 for i in range(len(xs))]
+    want = torch.nn.functional.binary_cross_entropy_with_logits(x, torch.tensor(label).double())
+    assert loss({"label": x}, batch(label, places)).item() == pytest.approx(want.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["product", "sum"])
+@pytest.mark.parametrize("label", [[0] * 4, [1] * 4])
+def test_finite_where_logits_are_extreme(form, label):
+    loss = PAL(("label",), positions=4, form=form)
+    loss.bias.data.copy_(torch.tensor([90.0, -90.0, 0.0]))
+    x = torch.tensor([90.0, -90.0, 90.0, -90.0], requires_grad=True)
+    value = loss({"label": x}, batch(label, [0, 1, 2, 3]))
+    value.backward()
+    assert math.isfinite(value.item())
+    assert bool(torch.isfinite(x.grad).all())
+    assert bool(torch.isfinite(loss.bias.grad).all())
+
+
 def test_only_positions_are_read_so_no_item_can_hide_in_the_look():
     loss = PAL(("label",), positions=4)
     data = batch([1, 0, 0, 1], [0, 1, 2, 3])

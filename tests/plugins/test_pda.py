@@ -71,6 +71,20 @@ def test_the_least_popular_item_of_a_slot_does_not_learn():
     assert [g == 0 for g in x.grad.tolist()] == [True, False, False, True]
 
 
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_without_a_pair_there_is_no_loss_and_extremes_are_finite(label):
+    x, rows = batch(3, 2, 1)
+    rows.label["label"].fill_(label)
+    assert PDA(("label",))({"label": x}, rows).item() == 0.0
+    rows.label["label"][:3] = 1.0
+    rows.label["label"][3:] = 0.0
+    wild = (200 * x.detach()).requires_grad_()
+    value = PDA(("label",))({"label": wild}, rows)
+    value.backward()
+    assert math.isfinite(value.item())
+    assert bool(torch.isfinite(wild.grad).all())
+
+
 def test_the_match_ranks_alike_whatever_the_popularity():
     x = torch.linspace(-6, 6, 50).double()
     pd = adjusted(x, torch.ones(50), 0.5)
