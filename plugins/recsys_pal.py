@@ -22,7 +22,9 @@ class PAL(nn.Module):
     tasks averaged; x is the model's logit and a_k a number of the loss for each position k. Only the product can be
     known, so σ(a_0) = 1: what is served is the click probability at the first position. A position is all that a_k may
     depend on: an item or a user in there would take part of the liking away. It learns with the model in the fit
-    stages, stands in checkpoints, and is not exported; the stage `positions` tells it.
+    stages, stands in checkpoints, and is not exported; the stage `positions` tells it. It needs as
+    many steps as the model to settle, and a lower rate at the end; what the model cannot tell of why a row stands where
+    it stands, a_k takes on.
 
     form sum is the shallow tower, L = BCE(y, σ(x + a_k)) with a_0 = 0: what a position multiplies is the odds of a
     click then, not its probability.
@@ -46,8 +48,8 @@ class PAL(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks, self.first, self.form = tasks, first, form
-        # As good as seen, but not so sure of it that nothing is learned: σ(2) = .88.
-        self.bias = nn.Parameter(torch.full((positions - 1,), 2.0 if form == "product" else 0.0))
+        # σ(0) = ½, where it learns fastest: nearer to 1, low positions' lack of clicks is taken for dislike at first.
+        self.bias = nn.Parameter(torch.zeros(positions - 1))
         self.needs: tuple[str, ...] = ("position",)
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:

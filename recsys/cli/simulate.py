@@ -76,6 +76,7 @@ def command(
     quickstart     everything is shown; much of the signal is in interactions
     easy           exposure follows popularity, not relevance
     mnar           exposure follows relevance and, strongly, popularity
+    popular        exposure follows popularity; what is liked is a matter of taste
     confounded     exposure and click share a trait that is not logged
     drift          tastes turn, and popularity jumps at half time
     slate-plain    lists of ten, the k-th place looked at with probability 1/k

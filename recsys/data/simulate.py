@@ -49,7 +49,7 @@ class Simulated:
         rows: of all splits together.
         seed: of the world and of every draw.
         preset: which world. `quickstart` shows everything and hides much of its signal in interactions; `easy`,
-            `mnar`, `confounded`, `drift` and `fair` show items selectively; `slate-plain`, `slate-pbm` and
+            `mnar`, `popular`, `confounded`, `drift` and `fair` show items selectively; `slate-plain`, `slate-pbm` and
             `slate-cascade` show lists; in `delayed` clicks are followed by conversions, some not known yet; in
             `flip20` clicks get lost, in `pooled` they are judged only where an old retriever looked; `leaky` has the
             label among its fields.

@@ -25,6 +25,7 @@ Preset = Literal[
     "quickstart",
     "easy",
     "mnar",
+    "popular",
     "confounded",
     "drift",
     "slate-plain",
@@ -124,6 +125,9 @@ def _world(name: str) -> WorldConfig | None:
     worlds = {
         "easy": lambda: _biased(Exposure(relevance=0.0, least=0.1)),
         "mnar": lambda: _biased(Exposure(popularity=1.2, relevance=0.5)),
+        "popular": lambda: WorldConfig(
+            users=20_000, items=5_000, bias=0.1, taste=1.0, exposure=Exposure(popularity=1.2, relevance=0.5), log=_SHOWN
+        ),
         "confounded": lambda: replace(_biased(Exposure(confounder=0.8)), confounder=0.8),
         "drift": lambda: replace(_biased(Exposure()), item=Items(drift=1 / 30, jump=1.0)),
         "slate-plain": lambda: _slates(Slate("pbm", trust=0.0)),
@@ -153,6 +157,7 @@ ABOUT: dict[Preset, str] = {
     "quickstart": "everything is shown, fields have few values, much of the signal is in interactions",
     "easy": "exposure follows popularity, not relevance: inverse propensities work with little noise",
     "mnar": "exposure follows relevance and, strongly, popularity: what is missing is not missing at random",
+    "popular": "exposure follows popularity, what is liked is a matter of taste: what is popular is hardly better",
     "confounded": "exposure and click share a trait that is not logged: propensities cannot mend that",
     "drift": "tastes turn and popularity jumps at half time",
     "slate-plain": "lists of ten from a logged policy; the k-th place is looked at with probability 1/k",

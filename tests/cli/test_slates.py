@@ -67,6 +67,20 @@ def test_what_was_learned_of_positions_is_told_beside_the_rate_of_clicks(
     assert "click rate" in told
 
 
+@pytest.mark.slow
+def test_the_recipe_finds_the_planted_looks(recsys: Command, tmp_path: Path) -> None:
+    """By the randomised rows, and by PAL from all; the rate of clicks is too far off to be mistaken for them."""
+    recsys("train", "simulated/slate_positions", "train.threads=1", "--out", tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "3-positions" / "positions.json").read_text())
+    look = [1 / (k + 1) for k in range(10)]
+    off = {
+        name: max(abs(a - b) for a, b in zip(found[name], look, strict=True)) for name in found if name != "position"
+    }
+    assert off["propensity"] < 0.01
+    assert off["loss"] < 0.01
+    assert off["click_rate"] > 0.012
+
+
 def test_what_cannot_be_done_with_slates_is_named(recsys: Command, recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="loss: 'dla' needs the context column 'group'"):
         recsys("train", recipe, "data.context={position: position}", "--out", tmp_path / "a")

@@ -144,6 +144,17 @@ def test_uniform_slice_does_not_follow_popularity(world):
     assert same < 0.01
 
 
+@pytest.mark.parametrize(("name", "gains"), [("popular", True), ("mnar", False)])
+def test_in_a_popular_world_alone_popular_items_are_hardly_better(name, gains):
+    """Catches a world where whoever divides clicks by the item's clicks has nothing to gain, and one where all have."""
+    config = replace(make_config(name, rows=ROWS, seed=5, users=200, items=100), pilot_rows=1 << 16)
+    log, truth = World(config).rows(0, ROWS)
+    item, relevant, chance = log["item"].to_numpy(), truth["R"].to_numpy(), truth["chance"].to_numpy()
+    clicked = np.bincount(item, chance, 100) / np.bincount(item, minlength=100)
+    gain = auc(chance / clicked[item], relevant) - auc(chance, relevant)
+    assert gain > 0.005 if gains else gain < -0.005
+
+
 def losses(world):
     """Ideal, naive and inverse-propensity log-losses by row of one fixed, imperfect predictor."""
     log, truth = world.rows(0, ROWS)

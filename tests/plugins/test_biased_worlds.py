@@ -3,14 +3,15 @@
 import pytest
 from flips import study as flipped
 from pooling import study as pooled
-from popular import gain
+from popular import NAIVE, gain
 from popular import study as exposed
 
 
 @pytest.mark.slow
-def test_pd_ranks_better_where_exposure_followed_popularity():
-    found = exposed(range(1, 6), 600, names=("bpr", "pd"))
-    mean, error = gain(found, "pd")
+@pytest.mark.parametrize(("name", "steps"), [("pd", 600), ("macr", 2000)])
+def test_popularity_is_left_out_where_exposure_followed_it(name, steps):
+    found = exposed(range(1, 6), steps, names=(NAIVE[name], name))
+    mean, error = gain(found, name)
     assert mean > 3 * error
 
 
