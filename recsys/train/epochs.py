@@ -26,7 +26,7 @@ from recsys.train.run import Run
 from recsys.train.score import measure, predict
 from recsys.train.task import EpochBatches, Task
 from recsys.train.terminate import Termination
-from recsys.train.weights import LARGEST_Z, REFUSE, WARN, merged, weight_facts
+from recsys.train.weights import LARGEST_Z, REFUSE, WARN, flattened, merged, weight_facts
 
 T = TypeVar("T")
 
@@ -262,12 +262,19 @@ class Epochs(Callback):
         """What the weights of the epoch's rows were like; warns of few effective rows, and refuses very few.
 
         Raises:
-            RecipeError: fewer than 1 % of the rows are effective, and the loss does not allow that.
+            RecipeError: fewer than 1 % of the rows are effective, or none of the weights is within its bound, and the
+                loss does not allow that.
         """
         loss = self.run.loss
         if not isinstance(loss, Weighing):
             return {}
-        facts = weight_facts(merged(gather_rows(self.task.weighing[None].to(self.run.device)).cpu()))
+        sums = merged(gather_rows(self.task.weighing[None].to(self.run.device)).cpu())
+        facts = weight_facts(sums)
+        if (flat := flattened(sums)) is not None and not loss.allow_low_ess:
+            raise RecipeError(
+                f"{self.run.stage} · epoch {epoch}: {flat}. Check the propensities, bound the weights less, or set the "
+                "loss's allow_low_ess: true"
+            )
         if (share := facts.get("ess_share", 1.0)) < WARN:
             what = (
                 f"{self.run.stage} · epoch {epoch}: the weights leave {facts['ess']:,.1f} effective rows of "

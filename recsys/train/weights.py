@@ -84,8 +84,10 @@ STEPS = 32
 """Classes of weights per power of two: a weight is known to 1 %."""
 CLASSES = (OCTAVES[1] - OCTAVES[0]) * STEPS
 
-_SUM, _SQUARES, _LARGEST, _ROWS, _BOUNDED, _RATIO, _RATIO_SQUARES, _SEEN, _HIDDEN = range(9)
-SIZE = 9 + CLASSES
+_SUM, _SQUARES, _LARGEST, _ROWS, _BOUNDED, _RATIO, _RATIO_SQUARES, _SEEN, _HIDDEN, _USED, _USED_SQUARES = range(11)
+FIRST = 11
+"""Where the classes begin."""
+SIZE = FIRST + CLASSES
 """Numbers that `weighed` keeps: sums, and rows by class of weight."""
 
 WARN, REFUSE = 0.1, 0.01
@@ -104,6 +106,8 @@ def weighed(sums: Tensor, raw: Tensor, used: Tensor, batch: Batch) -> Tensor:
     new[_LARGEST] = torch.maximum(sums[_LARGEST], raw.amax()) if len(raw) else sums[_LARGEST]
     new[_ROWS] += counts.sum()
     # A bound that is relative, such as a mean, is none: only weights that were made smaller by one count.
+    new[_USED] += torch.where(counts, used, 0.0).sum()
+    new[_USED_SQUARES] += torch.where(counts, used, 0.0).square().sum()
     new[_BOUNDED] += (counts & (used < raw * (1 - 1e-6))).sum()
     if "observed" in batch.context and "propensity" in batch.context:
         observed = batch.context["observed"].double()
@@ -113,7 +117,7 @@ def weighed(sums: Tensor, raw: Tensor, used: Tensor, batch: Batch) -> Tensor:
         new[_SEEN] += len(ratio)
         new[_HIDDEN] += (observed == 0).sum()
     place = ((raw.clamp(min=2.0 ** OCTAVES[0]).log2() - OCTAVES[0]) * STEPS).long().clamp(0, CLASSES - 1)
-    new[9:].scatter_add_(0, place, counts.double())
+    new[FIRST:].scatter_add_(0, place, counts.double())
     return new
 
 
@@ -124,6 +128,20 @@ def merged(parts: Tensor) -> Tensor:
     return whole
 
 
+def flattened(sums: Tensor) -> str | None:
+    """Say it if every weight of an epoch lies beyond its bound, so that all rows count the same; else None."""
+    total, squares, _, rows, bounded = sums[:_RATIO].tolist()
+    used, used_squares = sums[_USED:FIRST].tolist()
+    vary = rows * squares > total**2 * (1 + 1e-6)
+    alike = rows * used_squares <= used**2 * (1 + 1e-9)
+    if rows < 2 or bounded < rows or not vary or not alike:
+        return None
+    return (
+        f"all {rows:,.0f} weights, {total / rows:,.4g} on the average, lie beyond their bound and count as "
+        f"{used / rows:,.4g}: they say nothing any more"
+    )
+
+
 def weight_facts(sums: Tensor) -> dict[str, float]:
     """Return what an epoch's weights were like; empty if no row had one.
 
@@ -132,7 +150,7 @@ def weight_facts(sums: Tensor) -> dict[str, float]:
     made smaller; and, of a log that has rows that were not shown, `calibration_z` = (mean(o/θ) − 1)/se over all rows,
     which a right θ keeps within ±4.
     """
-    total, squares, largest, rows, bounded, ratio, ratio_squares, seen, hidden = sums[:9].tolist()
+    total, squares, largest, rows, bounded, ratio, ratio_squares, seen, hidden = sums[:_USED].tolist()
     if not rows or not total:
         return {}
     effective = total**2 / squares
@@ -140,7 +158,7 @@ def weight_facts(sums: Tensor) -> dict[str, float]:
         "ess": effective,
         "ess_share": effective / rows,
         "max_share": largest / total,
-        "top_share": _top_share(sums[9:].cpu(), rows),
+        "top_share": _top_share(sums[FIRST:].cpu(), rows),
         "clipped": bounded / rows,
     }
     if hidden and seen > 1:

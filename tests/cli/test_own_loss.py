@@ -187,6 +187,15 @@ def test_weights_are_recorded_and_few_effective_rows_stop_the_training(
         recsys("train", *heavy, "--out", tmp_path / "heavy")
     told = recsys("train", *heavy, "loss.allow_low_ess=true", "--out", tmp_path / "allowed")
     assert "below 0.1); expect a high variance" in told
+    flat = [
+        recipe[0],
+        "loss={use: ips, value: 1.0}",
+        "propensity={use: popularity, count: observed, relative_to: rows}",
+    ]
+    with pytest.raises(
+        SystemExit, match=r"1-fit · epoch 1: all [\d,]+ weights, .* beyond their bound and count as 1: "
+    ):
+        recsys("train", *flat, *recipe[1:], "--out", tmp_path / "flat")
 
 
 def test_metrics_get_the_estimate_too_and_so_does_recsys_evaluate(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recsys.contracts import Batch
 from recsys.errors import RecipeError
-from recsys.train.weights import SIZE, WeightMode, make_weight, merged, weighed, weight_facts
+from recsys.train.weights import SIZE, WeightMode, flattened, make_weight, merged, weighed, weight_facts
 
 THETAS = st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=30)
 MODES: list[tuple[WeightMode, float | None]] = [
@@ -140,3 +140,26 @@ def test_equal_weights_and_none() -> None:
     assert facts["clipped"] == 0
     assert "calibration_z" not in facts
     assert weight_facts(weighed(empty(), torch.zeros(500), torch.zeros(500), batch)) == {}
+
+
+def test_weights_that_are_all_beyond_their_bound_are_told_and_those_that_are_only_made_smaller_are_not() -> None:
+    batch = Batch(torch.zeros(40, 1, dtype=torch.int64))
+    theta = torch.linspace(0.001, 0.04, 40)
+    rows = (torch.arange(40) % 2).float()
+    raw = make_weight(theta, rows=rows)
+
+    def told(used: torch.Tensor, raw: torch.Tensor = raw) -> str | None:
+        sums = empty()
+        for half in (slice(20), slice(20, 40)):
+            sums = weighed(sums, raw[half], used[half], batch)
+        return flattened(sums)
+
+    mean = raw[1::2].mean().item()
+    said = told(make_weight(theta, "floor", 0.05, rows=rows))
+    assert said is not None
+    assert said.startswith(f"all 20 weights, {mean:,.4g} on the average, lie beyond their bound and count as 20:")
+    assert told(make_weight(theta, "floor", 0.03, rows=rows)) is None
+    assert told(make_weight(theta, "power", 0.5, rows=rows)) is None
+    assert told(make_weight(theta, "selfnorm", rows=rows)) is None
+    equal = torch.full((40,), 25.0)
+    assert told(equal.clamp(max=20), equal) is None  # nothing is lost where all propensities are the same
