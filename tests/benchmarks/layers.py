@@ -57,6 +57,23 @@ class Products(nn.Module):
         return self.linear(e)
 
 
+class AllProducts(nn.Module):
+    """All matrix products of one AutoInt layer, those of its attention too, without anything between them."""
+
+    def __init__(self, dim: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(0.1 * torch.randn(3 * heads, dim, width // heads))
+        self.residual = nn.Linear(dim, width, bias=False)
+
+    def forward(self, e: Tensor) -> Tensor:
+        flat = e.flatten(0, 1)
+        q, k, v = torch.bmm(flat.expand(len(self.inner), -1, -1), self.inner).view(
+            3, -1, e.shape[1], self.inner.shape[2]
+        )
+        mixed = torch.bmm(torch.bmm(q, k.transpose(1, 2)), v)
+        return torch.cat([mixed.flatten(), self.residual(flat).flatten()])
+
+
 class TextbookCross(nn.Module):
     """DCNv2's full matrices, one operation after the other."""
 
@@ -309,10 +326,14 @@ def main() -> None:
             InteractingLayer(width, width, heads, Variant()),
             TextbookAutoInt(width, width, heads, 1),
             Products(width, width),
+            AllProducts(width, width, heads),
         )
-        one, other, products = (median(given_step(m.to(device), e_inside), args.repeats, device) for m in modules)
+        one, other, products, bound = (
+            median(given_step(m.to(device), e_inside), args.repeats, device) for m in modules
+        )
         report(f"one layer, {fields} fields, {heads} heads, width {width}", one, other)
-        report(f"  beyond its products, {products:.1f} ms", one - products, other - products)
+        report(f"  beyond its projections' products, {products:.1f} ms", one - products, other - products)
+        report("  all its products and nothing else", bound, other)
         cross = CrossNet(seen, layers=3)
         compare(f"cross {fields} fields x {dim}, 3 layers", dense_step, cross, TextbookCross(fields * dim, 3), e)
 
