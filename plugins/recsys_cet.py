@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -27,7 +28,7 @@ class CET(nn.Module):
 
     Cai et al., "Hard negatives or false negatives: correcting pooling bias in training neural ranking models", CIKM
     2022 (arXiv 2209.05072); the pairwise form of its public code. Weights are not normalised there: what they do to
-    the step size is measured by their mean.
+    the step size is measured by their mean, which every epoch tells, ranker_weight and observer_weight.
 
     Args:
         tau: τ; larger ones bound the weights: |s| ≤ 10 and τ = 10 give 1.37 to 3.72.
@@ -55,6 +56,7 @@ class CET(nn.Module):
         self.selfnorm = selfnorm
         self.listwise = listwise
         self.observer = second_model(schema, dim)
+        self._sums = torch.zeros(3, dtype=torch.float64)
         self.needs: tuple[str, ...] = ("positive",)
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -73,7 +75,19 @@ class CET(nn.Module):
         y_i, y_j = pairs(batch.label[task].to(r.dtype), batch)
         counts = y_i[:, None] * (1.0 - y_j)  # [N, m]
         (r_i, r_j), (s_i, s_j) = pairs(r, batch), pairs(s, batch)
-        return self._one(r_i, r_j, self.weight(s_j), counts), self._one(s_i, s_j, self.weight(r_j), counts)
+        weights = self.weight(s_j), self.weight(r_j)
+        self._sums = torch.stack([counts.sum(), *((counts * weight).sum() for weight in weights)]).double()
+        return self._one(r_i, r_j, weights[0], counts), self._one(s_i, s_j, weights[1], counts)
+
+    def sums(self) -> Tensor:
+        """Of the batch and the task that `both` saw last, `[3]` float64, for `facts`."""
+        return self._sums
+
+    def facts(self, sums: Tensor) -> dict[str, float]:
+        """The mean weights of an epoch's pairs, before they are divided by anything; NaN without a pair."""
+        count, ranker, observer = sums.tolist()
+        mean = (ranker / count, observer / count) if count else (math.nan, math.nan)
+        return {"ranker_weight": mean[0], "observer_weight": mean[1]}
 
     def weight(self, other: Tensor) -> Tensor:
         """The weight of negatives from the other model's logits, elementwise: 1/(1 − σ(a)) = 1 + e^a."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -27,7 +28,8 @@ class DLA(nn.Module):
 
     Slates are the rows of equal `group`; they come whole, as the loss says that it compares the rows of a group. A
     served logit orders items and is no click probability. g learns in the fit stages and is not exported; the stage
-    `positions` tells v_k/v_0.
+    `positions` tells v_k/v_0. Every epoch tells of the weights v_0/v_k of clicks: look_mean, and look_ess_share,
+    (Σw)²/Σw² as a share of the clicks.
 
     Ai et al., "Unbiased Learning to Rank with Unbiased Propensity Estimation", SIGIR 2018.
 
@@ -46,6 +48,7 @@ class DLA(nn.Module):
         self.tasks, self.first, self.cap = tasks, first, cap
         self.scores = nn.Parameter(torch.zeros(positions - 1))  # g_0 is 0: a softmax knows differences only
         self.needs: tuple[str, ...] = ("group", "position")
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """`{task: [B]}, Batch -> []`, float32 also under autocast; rows of a slate stand side by side."""
@@ -60,8 +63,21 @@ class DLA(nn.Module):
         g = torch.cat([scores.new_zeros(1), scores]).index_select(0, position)
         top = _top(f.detach(), slate, position)
         by_look = torch.exp(-g.detach()).clamp(max=self.cap)  # v_0 / v_k
+        clicked = click.to(f.dtype)
+        weighed = clicked * by_look
+        self._sums = torch.stack([clicked.sum(), weighed.sum(), (weighed * by_look).sum()]).double()
         by_liking = torch.exp(top - f.detach()).clamp(max=self.cap)  # p_0 / p_k
-        return -click.to(f.dtype) * (by_look * _log_softmax(f, slate) + by_liking * _log_softmax(g, slate))
+        return -clicked * (by_look * _log_softmax(f, slate) + by_liking * _log_softmax(g, slate))
+
+    def sums(self) -> Tensor:
+        """Of the batch and the task seen last, `[3]` float64, for `facts`."""
+        return self._sums
+
+    def facts(self, sums: Tensor) -> dict[str, float]:
+        """What the sums of an epoch say of the weights of clicks; NaN without a click."""
+        clicks, total, squares = sums.tolist()
+        known = (total / clicks, total**2 / squares / clicks) if clicks else (math.nan, math.nan)
+        return {"look_mean": known[0], "look_ess_share": known[1]}
 
     def examination(self) -> Tensor:
         """v_k / v_0 of each position, `[K]`; the first is 1."""

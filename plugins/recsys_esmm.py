@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -70,6 +71,9 @@ class ESCM2(nn.Module):
     same gradient as with ips, and only the value of the loss varies less. soft_label: ê = softplus(b) − σ(h) b, the
     error against an imagined conversion σ(h), which teaches the tower on the rows without a click too.
 
+    Every epoch tells of the weights of clicked rows: weight_mean, weight_ess_share, (Σw)²/Σw² as a share of them, and
+    weight_bounded, the share that floor or cap holds down.
+
     Wang et al., "ESCM²: Entire Space Counterfactual Multi-Task Model for Post-Click Conversion Rate Estimation",
     SIGIR 2022.
 
@@ -108,6 +112,7 @@ class ESCM2(nn.Module):
         self.floor, self.cap = floor, cap
         self.head = first_order(schema) if form == "dr" else None
         self.bias = nn.Parameter(torch.zeros(1)) if form == "dr" else None
+        self._sums = torch.zeros(4, dtype=torch.float64)
         self.needs: tuple[str, ...] = ()
 
     def forward(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -124,6 +129,8 @@ class ESCM2(nn.Module):
         label = batch.label[self.conversion].to(logit.dtype) * clicked
         error = F.softplus(logit) - label * logit
         weight = self.click_weights(logits[self.click]) * clicked
+        bounded = (weight > 0) & (weight < (1 - 1e-6) / torch.sigmoid(full(logits[self.click].detach())))
+        self._sums = torch.stack([(weight > 0).sum(), weight.sum(), weight.square().sum(), bounded.sum()]).double()
         imputed = self._imputed(logit, batch)
         if imputed is None:
             parts["conversion"] = row_mean(error * weight, batch)
@@ -137,6 +144,18 @@ class ESCM2(nn.Module):
         """What a clicked row counts for, from the logits of the click: `[B] -> [B]`, without gradient."""
         chance = torch.sigmoid(full(click.detach()))
         return chance.clamp(min=self.floor).reciprocal().clamp(max=self.cap)
+
+    def sums(self) -> Tensor:
+        """Of the batch that `forward` saw last, `[4]` float64, for `facts`."""
+        return self._sums
+
+    def facts(self, sums: Tensor) -> dict[str, float]:
+        """What the sums of an epoch say of the weights of clicked rows; NaN where nothing was clicked."""
+        rows, total, squares, bounded = sums.tolist()
+        if not rows:
+            return dict.fromkeys(("weight_mean", "weight_ess_share", "weight_bounded"), math.nan)
+        found = (total / rows, total**2 / squares / rows, bounded / rows)
+        return dict(zip(("weight_mean", "weight_ess_share", "weight_bounded"), found, strict=True))
 
     def _imputed(self, logit: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """ê for the tower to learn from, and for the head to learn by, each `[B]`; None with ips."""

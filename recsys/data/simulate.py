@@ -50,9 +50,9 @@ class Simulated:
         seed: of the world and of every draw.
         preset: which world. `quickstart` shows everything and hides much of its signal in interactions; `easy`,
             `mnar`, `popular`, `confounded`, `drift` and `fair` show items selectively; `slate-plain`, `slate-pbm` and
-            `slate-cascade` show lists; in `delayed` clicks are followed by conversions, some not known yet; in
-            `flip20` clicks get lost, in `pooled` they are judged only where an old retriever looked; `leaky` has the
-            label among its fields.
+            `slate-cascade` show lists; in `delayed` clicks are followed by conversions, some not known yet, in
+            `conversion` they are those of rows that convert more easily; in `flip20` clicks get lost, in `pooled` they
+            are judged only where an old retriever looked; `leaky` has the label among its fields.
         users: number of users, in place of the world's own.
         items: number of items, in place of the world's own.
         fields: put so many plain fields (user, item, context, noise in turn) in place of the world's own.

@@ -22,6 +22,7 @@ from recsys.data.simulate_world import World
 from recsys.data.simulate_write import write
 from recsys.data.sources import DataRoot
 from recsys.errors import DataError, RecipeError
+from recsys.plugin.registry import load_registry
 
 ROOT = DataRoot(())
 
@@ -134,6 +135,11 @@ def test_a_true_propensity_is_the_chance_of_being_seen(name, monkeypatch):
         Simulated(ROOT, rows=20_000, preset=name, users=300, items=100, true_propensity=True).scan("train").collect(),
         log,
     )
+
+
+def test_no_other_source_has_a_true_propensity():
+    with pytest.raises(RecipeError, match="'files' has no option 'true_propensity'"):
+        load_registry().check("source", {"use": "files", "path": "log.parquet", "true_propensity": True}, "data.source")
 
 
 def test_identity_follows_every_option():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys.abilities import Summing
 from recsys.contracts import Batch, EncodedSchema, Field
 from recsys.errors import RecipeError
 from recsys.testing import contract
@@ -82,6 +83,24 @@ def test_neither_loss_moves_the_model_that_only_weighs():
         mine, foreign = torch.autograd.grad(loss, (own, other), allow_unused=True, retain_graph=True)
         assert float(mine.abs().sum()) > 0
         assert foreign is None or not foreign.any()
+
+
+@pytest.mark.parametrize("selfnorm", [False, True])
+def test_mean_weights_of_pairs_are_told(selfnorm):
+    rows, r, s = (
+        batch(labels=torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0]).double()),
+        values(12, 1),
+        values(12, 2),
+    )
+    loss = made(tau=2.0, selfnorm=selfnorm)
+    assert isinstance(loss, Summing)
+    loss.both(r, s, rows, "label")
+    pairs = [(i, 4 + 2 * i + k) for i in range(4) for k in range(2)]
+    y = rows.label["label"].tolist()
+    chosen = [j for i, j in pairs if y[i] == 1 and y[j] == 0]
+    want = [sum(1 + math.exp(float(x[j]) / 2) for j in chosen) / len(chosen) for x in (s, r)]
+    told = loss.facts(loss.sums() + loss.sums())
+    assert told == pytest.approx({"ranker_weight": want[0], "observer_weight": want[1]})
 
 
 def test_a_weight_rises_with_its_own_negative_alone():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from slates import LOOK, SHOWN, draw, learned, naive
 
+from recsys.abilities import Summing
 from recsys.contracts import Batch
 from recsys.testing import contract
 from recsys_dla import DLA
@@ -63,6 +64,21 @@ def test_loss_and_gradients_are_those_of_a_loop_over_slates(cap):
     assert value.item() == pytest.approx(total, rel=1e-12)
     assert f.grad.tolist() == pytest.approx(by_f, rel=1e-9, abs=1e-14)
     assert loss.scores.grad.tolist() == pytest.approx(by_g, rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("cap", [100.0, 1.2])
+def test_what_is_told_of_the_weights_of_clicks(cap):
+    loss, f = made(cap)
+    assert isinstance(loss, Summing)
+    total = loss.sums()
+    for part in (slice(4), slice(4, 8)):
+        loss({"label": f[part]}, batch(GROUP[part], PLACE[part], CLICK[part]))
+        total = total + loss.sums()
+    g = [0.0, *loss.scores.tolist()]
+    w = [min(math.exp(-g[min(PLACE[i], 3)]), cap) for i in range(8) if CLICK[i]]
+    want = {"look_mean": sum(w) / len(w), "look_ess_share": sum(w) ** 2 / sum(v * v for v in w) / len(w)}
+    assert loss.facts(total) == pytest.approx(want)
+    assert all(math.isnan(v) for v in loss.facts(torch.zeros(3)).values())
 
 
 def test_slates_without_a_click_add_nothing_and_what_is_added_to_all_logits_of_a_slate_is_not_seen():

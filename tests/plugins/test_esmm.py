@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.abilities import Summing
 from recsys.api import product_bce
 from recsys.contracts import Batch, EncodedSchema, Field
 from recsys.data.simulate_random import Draws
@@ -221,6 +222,25 @@ def test_a_half_batch_twice_is_the_whole_and_rows_may_stand_in_any_order():
     assert loss({t: v[order] for t, v in given.items()}, batch(o[order], z[order])).item() == pytest.approx(whole)
     halves = [loss({t: v[h] for t, v in given.items()}, batch(o[h], z[h])).item() for h in (slice(4), slice(4, 8))]
     assert sum(halves) / 2 == pytest.approx(whole)
+
+
+def test_what_is_told_of_the_weights_is_of_clicked_rows():
+    loss, given = ESCM2(TASKS, SCHEMA, floor=0.1), logits(8)
+    given["click"] = torch.tensor([-9.0, 0.0, 1.0, -1.0, 2.0, -9.0, 0.5, 0.0], dtype=torch.float64)
+    o = [1, 1, 0, 0, 1, 0, 1, 0]
+    assert isinstance(loss, Summing)
+    total = loss.sums()
+    for half in (slice(4), slice(4, 8)):
+        loss({t: v[half] for t, v in given.items()}, batch(o[half], o[half]))
+        total = total + loss.sums()
+    w = [10.0, 2.0, 1 / sigma(2.0), 1 / sigma(0.5)]
+    want = {
+        "weight_mean": sum(w) / 4,
+        "weight_ess_share": sum(w) ** 2 / sum(v * v for v in w) / 4,
+        "weight_bounded": 0.25,
+    }
+    assert loss.facts(total) == pytest.approx(want)
+    assert all(math.isnan(v) for v in loss.facts(torch.zeros(4)).values())
 
 
 def test_a_missing_task_is_named():
