@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ from recsys.data.schema import Categorical, MultiValued
 from recsys.data.values import STORED
 from recsys.data.vocabulary import Vocabulary
 from recsys.deploy.calibration import sigmoid
-from recsys.nn.model import Model
+from recsys.nn.model import Model, Vectors
 
 ROWS = 320
+_ROUNDED = (1e-5, 1e-4)
+"""Rows of which rounding moves the probability by more are no golden rows; the second, where a tenth of them is so."""
 _TEXTS = (
     "",
     " ",
@@ -140,21 +143,55 @@ def logits_of(model: Model, batch: Batch) -> dict[str, Logits]:
     return found
 
 
-def rounding(encoder: Encoder, model: Model, rows: Sequence[Row]) -> float:
+def exact_logits(model: Model, batch: Batch) -> dict[str, Logits] | None:
+    """Return the logits that double precision gives for the same vectors; None where a part does without it.
+
+    The embedding stays as it is, and is not copied.
+    """
+    device = next(model.parameters()).device
+    whole = copy.deepcopy(model, {id(model.embedding): model.embedding}).eval()
+    try:
+        with torch.inference_mode():
+            for name, part in whole.named_children():
+                if name != "embedding":
+                    part.double()
+            batch = batch.to(device)
+            found = whole.look_up(batch.ids, batch.values, batch.history)
+            histories = {name: (events.double(), length) for name, (events, length) in found.histories.items()}
+            x = whole.combine(Vectors(found.fields.double(), histories), batch.ids)
+            values = None if batch.values is None else batch.values.double()
+            return {task: z.cpu().numpy() for task, z in whole.decide(x.double(), batch.ids, values).items()}
+    except (RuntimeError, TypeError):
+        return None
+
+
+def rounding(model: Model, batch: Batch) -> Logits:
+    """Return by how much rounding alone moves the probabilities of the rows, `[B]`; zeros where that is not known.
+
+    That is the distance of what single precision gives in the training code from double precision. Parts that add and
+    subtract large numbers, such as unscaled attention, make it larger than a bundle may otherwise differ by.
+    """
+    exact = exact_logits(model, batch)
+    if exact is None:
+        return np.zeros(len(batch))
+    gaps = [np.abs(sigmoid(z) - sigmoid(exact[task])) for task, z in logits_of(model, batch).items()]
+    found: Logits = np.nan_to_num(np.max(gaps, axis=0), nan=0.0)
+    return found
+
+
+def alone(model: Model, batch: Batch) -> float:
     """Return by how much a probability depends on which rows are scored together, in the training code itself.
 
-    Single precision rounds sums of many rows otherwise than those of one, and some models make that large.
+    Single precision rounds sums of many rows otherwise than those of one.
     """
-    (block,) = encoder.transform(frame_of(encoder, rows).lazy(), labels=False)
-    batch = batch_of(encoder, block)
     together = logits_of(model, batch)
     worst = 0.0
     for at in range(len(batch)):
         one = slice(at, at + 1)
         history = {name: (ids[one], length[one]) for name, (ids, length) in batch.history.items()}
         values = None if batch.values is None else batch.values[one]
-        alone = logits_of(model, Batch(batch.ids[one], values, history))
-        gaps = [abs(sigmoid(z) - sigmoid(together[task][one])).max() for task, z in alone.items()]
+        found = logits_of(model, Batch(batch.ids[one], values, history))
+        gaps = [abs(sigmoid(z) - sigmoid(together[task][one])).max() for task, z in found.items()]
         worst = max(worst, *(float(gap) for gap in gaps))
     return worst
 
@@ -182,7 +219,20 @@ def batch_of(encoder: Encoder, block: EncodedColumns) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(values) if schema.has_numeric else None, history)
 
 
-def answers(rows: Sequence[Row], logits: Mapping[str, Logits]) -> tuple[list[Row], dict[str, Logits]]:
-    """Return the rows with a finite score for every task, and these scores; a number may be too large for a model."""
+def answers(
+    rows: Sequence[Row], logits: Mapping[str, Logits], rounded: Logits
+) -> tuple[list[Row], dict[str, Logits], float]:
+    """Return the rows whose scores can be compared, these scores, and the largest rounding among them.
+
+    A number may be too large for a model: its score is then not finite, or nothing but rounding is left of it.
+
+    Args:
+        rows: raw.
+        logits: task → `[rows]`.
+        rounded: what rounding moves the probability of each row by, `[rows]`.
+    """
     good = np.all([np.isfinite(z) for z in logits.values()], axis=0)
-    return [row for row, keep in zip(rows, good.tolist(), strict=True) if keep], {t: z[good] for t, z in logits.items()}
+    most = float(np.quantile(rounded[good], 0.9)) if good.any() else 0.0
+    good &= rounded <= min(max(_ROUNDED[0], most), _ROUNDED[1])
+    kept = [row for row, keep in zip(rows, good.tolist(), strict=True) if keep]
+    return kept, {t: z[good] for t, z in logits.items()}, float(rounded[good].max(initial=0.0))

@@ -1,4 +1,4 @@
-"""What the ONNX exporter of torch cannot write: shifts of signed numbers, and extremes over all dimensions."""
+"""What the exporter of torch cannot write, or onnxruntime not run: shifts, extremes, choices between truth values."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def signed(x: Any) -> Any:
         return op.Cast(x, to=ir.DataType.INT64)
 
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        """Write a choice between truth values as what it is, for the runtime has none."""
+        if x.dtype != ir.DataType.BOOL:
+            return op.Where(condition, x, y)
+        return op.Or(op.And(condition, x), op.And(op.Not(condition), y))
+
     def extreme(reduce: Callable[..., Any]) -> Callable[..., Any]:
         def written(x: Any, dim: Any = (), keepdim: Any = False) -> Any:
             axes = [op.Constant(value_ints=list(dim))] if dim else []
@@ -46,4 +52,4 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     rights.append(aten.bitwise_right_shift.Tensor_Scalar)
     lefts.append(aten.bitwise_left_shift.Tensor_Scalar)
     extremes = {aten.amax.default: extreme(op.ReduceMax), aten.amin.default: extreme(op.ReduceMin)}
-    return {**extremes, **dict.fromkeys(rights, right), **dict.fromkeys(lefts, left)}
+    return {aten.where.self: where, **extremes, **dict.fromkeys(rights, right), **dict.fromkeys(lefts, left)}

@@ -35,6 +35,7 @@ from recsys.deploy.bundle import (
 )
 from recsys.deploy.calibration import Calibration
 from recsys.deploy.encode import Encoded, Row, RowEncoder
+from recsys.deploy.explain import Explanation, explain
 from recsys.deploy.spec import EncoderSpec, Vocabulary
 from recsys.errors import BundleError, RecsysError, RequestError
 
@@ -128,6 +129,15 @@ class Predictor:
             except RequestError as error:
                 raise error.after(first) from None
         return parts[0] if len(parts) == 1 else together(parts)
+
+    def explain(self, rows: Row | Sequence[Row]) -> Explanation:
+        """Tell what each column of raw rows does to its score, by leaving it out.
+
+        Raises:
+            RequestError: as `predict`.
+        """
+        given = [rows] if isinstance(rows, Mapping) else rows
+        return explain(self.spec, self.encoder.rows(given), lambda encoded: self.score(encoded).logit)
 
     def feeds(self, encoded: Encoded) -> dict[str, npt.NDArray[Any]]:
         """Return encoded rows under the names of the graph's inputs."""

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import cast
 
 import onnx
-from onnx import ModelProto, compose, helper
+from onnx import GraphProto, ModelProto, compose, helper
 
 from recsys.deploy.bundle import CALIBRATION, ENCODER, GRAPH, Bundle
 from recsys.deploy.calibration import Calibration, Curve
@@ -77,7 +77,7 @@ class RawGraphs:
         renamed = {value.name: _MODEL + value.name for value in model.graph.output}
         names = [value.name for value in model.graph.input]
         joined = compose.merge_models(
-            compose.add_prefix(model, _MODEL), self._tail(model), io_map=[(name, name) for name in renamed.values()]
+            _prefixed(model, _MODEL), self._tail(model), io_map=[(name, name) for name in renamed.values()]
         )
         return _bytes(self._told(_with_inputs(joined, names)))
 
@@ -88,7 +88,7 @@ class RawGraphs:
             ExportError: as `encoder`, or it would be too large.
         """
         model = self._model()
-        inner = compose.add_prefix(model, _MODEL)
+        inner = _prefixed(model, _MODEL)
         encoded = [(value.name, value.name) for value in inner.graph.input]
         scored = [(value.name, value.name) for value in inner.graph.output]
         joined = compose.merge_models(self.encoder(), inner, io_map=encoded)
@@ -159,11 +159,26 @@ def _curve(nodes: Nodes, z: str, curve: Curve) -> str:
 
 def _with_inputs(model: ModelProto, names: list[str]) -> ModelProto:
     """The model with inputs of other names."""
-    for value, name in zip(model.graph.input, names, strict=True):
-        for node in model.graph.node:
-            node.input[:] = [name if given == value.name else given for given in node.input]
-        value.name = name
+    new = {value.name: name for value, name in zip(model.graph.input, names, strict=True)}
+    _rename(model.graph, lambda name: new.get(name, name))
     return model
+
+
+def _prefixed(model: ModelProto, prefix: str) -> ModelProto:
+    """The model with a prefix before every name, those within loops included, which may be of values outside."""
+    _rename(model.graph, lambda name: f"{prefix}{name}" if name else name)
+    return model
+
+
+def _rename(graph: GraphProto, new: Callable[[str], str]) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node):
+        value.name = new(value.name)
+    for node in graph.node:
+        node.input[:] = [new(name) for name in node.input]
+        node.output[:] = [new(name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                _rename(inner, new)
 
 
 def _bytes(model: ModelProto) -> bytes:

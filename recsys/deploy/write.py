@@ -80,7 +80,7 @@ def write_bundle(
     _write_vocabularies(folder, encoder, spec)
     curves = calibration or Calibration.none(spec.tasks)
     _json(folder / files.CALIBRATION, curves.to_json())
-    rows = _write_golden(folder, encoder, model, curves)
+    rows, rounded = _write_golden(folder, encoder, model, curves)
     _lines(folder / files.WARMUP, rows[:64])
     scores = describe_scores(model, sample, curves)
     _json(folder / files.COLUMNS, {**describe(encoder, spec, sample), "scores": scores})
@@ -105,7 +105,7 @@ def write_bundle(
             "clipped": {"type": "int64", "shape": ["B"]},
         },
     }
-    tolerance = max(TOLERANCE, 4 * golden.rounding(encoder, model, rows[:_ALONE]))
+    tolerance = max(TOLERANCE, 4 * rounded)
     curves_by_task = {task: curve.method for task, curve in curves.curves.items()}
     _seal(folder, {**told, "signature": signature, "tolerance": tolerance, "calibration": curves_by_task})
     return load(folder).check_golden()
@@ -156,12 +156,13 @@ def _write_vocabularies(folder: Path, encoder: Encoder, spec: EncoderSpec) -> No
             (folder / vocabulary.file).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_golden(folder: Path, encoder: Encoder, model: Model, curves: Calibration) -> list[golden.Row]:
-    """Write golden rows with their answers, which training gives; return the rows."""
+def _write_golden(folder: Path, encoder: Encoder, model: Model, curves: Calibration) -> tuple[list[golden.Row], float]:
+    """Write golden rows with their answers, which training gives; return the rows, and what rounding moves these by."""
     rows = golden.golden_rows(encoder)
-    rows, logit = golden.answers(rows, golden.training_logits(encoder, model, golden.frame_of(encoder, rows)))
+    batch = _batch(encoder, rows)
+    rows, logit, rounded = golden.answers(rows, golden.logits_of(model, batch), golden.rounding(model, batch))
     if not rows:
-        raise RecipeError("the model gives no finite score for any golden row; its training has diverged")
+        raise RecipeError("the model gives no score to rely on for any golden row; its training has diverged")
     plain, probability = Calibration.none(tuple(logit)).probabilities(logit), curves.probabilities(logit)
     (folder / "golden").mkdir()
     _lines(folder / files.REQUESTS, rows)
@@ -171,7 +172,12 @@ def _write_golden(folder: Path, encoder: Encoder, model: Model, curves: Calibrat
         for at in range(len(rows))
     ]
     _lines(folder / files.RESPONSES, responses)
-    return rows
+    return rows, max(rounded, golden.alone(model, _batch(encoder, rows[:_ALONE])))
+
+
+def _batch(encoder: Encoder, rows: Sequence[golden.Row]) -> Batch:
+    (block,) = encoder.transform(golden.frame_of(encoder, rows).lazy(), labels=False)
+    return golden.batch_of(encoder, block)
 
 
 def _inputs(model: Model) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def encoder_of(data: Mapping[str, Any]) -> Encoder:
     return Encoder.fit(LOGS.lazy(), DataConfig.model_validate(data))
 
 
-def model_of(encoder: Encoder, data: Mapping[str, Any], model: Mapping[str, Any], seed: int = 5) -> Model:
+def model_of(
+    encoder: Encoder, data: Mapping[str, Any], model: Mapping[str, Any], seed: int = 5, noise: float = 0.05
+) -> Model:
     """Build a recipe's model, with parameters that are not those of the start."""
     recipe = check_document(Document({"data": data, "model": model}, {(): "made"}), REGISTRY, "made", Path())
     built = build_model(recipe, REGISTRY, encoder.schema, seed)
@@ -67,7 +69,7 @@ def model_of(encoder: Encoder, data: Mapping[str, Any], model: Mapping[str, Any]
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.is_floating_point():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=numbers))
+                parameter.add_(noise * torch.randn(parameter.shape, generator=numbers))
     return built.eval()
 
 
@@ -87,7 +89,19 @@ def write(
     data = data or {**DATA, **LISTS}
     encoder = encoder_of(data)
     built = model_of(encoder, data, model or MODEL)
-    facts = Facts({"data": dict(data), "model": dict(model or MODEL)}, {"test": {"auc": 0.5, "gauc": None}}, {}, "abc")
+    write_model(folder, encoder, built, data, model or MODEL, calibration)
+    return encoder, built
+
+
+def write_model(
+    folder: Path,
+    encoder: Encoder,
+    built: Model,
+    data: Mapping[str, Any],
+    model: Mapping[str, Any],
+    calibration: Calibration | None = None,
+) -> None:
+    """Write a bundle of a model."""
+    facts = Facts({"data": dict(data), "model": dict(model)}, {"test": {"auc": 0.5, "gauc": None}}, {}, "abc")
     folder.mkdir(parents=True)
     write_bundle(folder, encoder, built, sample_of(encoder), facts, calibration)
-    return encoder, built

@@ -23,6 +23,12 @@ class Extremes(torch.nn.Module):
         return x.amax(), x.amin(), x.amax(1), x.amin(-1, keepdim=True), x.amax((0, 1)), x.amax(keepdim=True, dim=())
 
 
+class Choices(torch.nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        some = x > 0
+        return torch.where(some, y > 0, x > y), torch.where(some.any(), y > 0, some), torch.where(some, x, y), some
+
+
 def same(module: torch.nn.Module, *inputs: Tensor) -> None:
     found = torch.onnx.export(module, inputs, dynamo=True, verbose=False, custom_translation_table=translations())
     assert found is not None
@@ -40,3 +46,8 @@ def test_shifts_of_signed_numbers() -> None:
 
 def test_extremes_over_some_and_over_all_dimensions() -> None:
     same(Extremes(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1)) - 4)
+
+
+def test_choices_between_truth_values_and_between_numbers() -> None:
+    random = torch.Generator().manual_seed(2)
+    same(Choices(), torch.randn(4, 5, generator=random), torch.randn(4, 5, generator=random))

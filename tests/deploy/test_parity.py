@@ -12,9 +12,6 @@ from recsys.errors import RecipeError
 from recsys.nn.model import Model
 
 QUICK = ("embedding table", "embedding unified", "interaction autoint", "selector optfs", "sequence din")
-NOT_BEFORE_PRUNING = ("selector leap",)
-"""onnxruntime has no choice between two booleans; such a model is exported once it is pruned."""
-CASES = [f"{k} {n}" for k in ("embedding", "interaction", "selector", "sequence") for n in parity.names(k)]
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +25,15 @@ def agree(encoder: Encoder, model: Model, tolerance: float = parity.TOLERANCE) -
     assert gap <= tolerance
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in parity.CASES]
+)
 def test_every_component_scores_in_its_graph_as_in_training(case: str, encoders: dict[bool, Encoder]) -> None:
     kind, name = case.split()
     lists = kind == "sequence" or case == "embedding table"
     data = parity.LISTS if lists else parity.DATA
     model = parity.trained(encoders[lists], data, parity.recipe(kind, name))
-    if case not in NOT_BEFORE_PRUNING:
-        agree(encoders[lists], model)
+    agree(encoders[lists], model)
     if kind in ("embedding", "selector"):
         small = parity.pruned(model)
         agree(encoders[lists], small)

@@ -48,7 +48,7 @@ def test_what_the_document_says(server: Server, mode: schemathesis.GenerationMod
         if mode is schemathesis.GenerationMode.POSITIVE or operation.method == "post":
             conforms()
             asked.append(operation.label)
-    assert len(asked) == (10 if mode is schemathesis.GenerationMode.POSITIVE else 3), asked
+    assert len(asked) == (11 if mode is schemathesis.GenerationMode.POSITIVE else 4), asked
 
 
 @pytest.mark.slow

@@ -37,8 +37,8 @@ _ERRORS: Mapping[int | str, str] = {
 
 def endpoint(path: str) -> str:
     """Return the endpoint that a path is counted under; there are few, whatever clients ask."""
-    if path == "/v1/score":
-        return "score"
+    if path in ("/v1/score", "/v1/explain"):
+        return path.rsplit("/", 1)[1]
     if path in ("/v2/health/live", "/v2/health/ready"):
         return path.rsplit("/", 1)[1]
     if path.startswith("/v2/models/"):
@@ -55,6 +55,7 @@ def make_app(service: Service, name: str) -> FastAPI:
     """
     app = FastAPI(title="recsys", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_scores(app, service, name)
+    _add_explanations(app, service, name)
     _add_health(app, service, name)
     _add_models(app, service, name)
     _add_errors(app)
@@ -86,6 +87,28 @@ def _add_scores(app: FastAPI, service: Service, name: str) -> None:
         scores = [dict(zip(probability, row, strict=True)) for row in rows]
         request.state.told = {"rows": len(scores), "bundle": answer.bundle}
         return _json({"model": name, "bundle": answer.bundle, "scores": scores})
+
+
+def _add_explanations(app: FastAPI, service: Service, name: str) -> None:
+    def read(body: bytes, predictor: Predictor, limits: Limits) -> Sequence[Row]:
+        rows = check_rows(parse(body, limits), limits)
+        if len(rows) > limits.explained:
+            raise Refused(413, f"{len(rows):,} rows to explain in one request; at most {limits.explained:,}")
+        return rows
+
+    @app.post("/v1/explain", **_described("Explanations", body="Rows"))
+    async def explain(request: Request) -> Response:
+        """Tell what each column of raw rows does to the logit: by how much it falls where the column is missing."""
+        bundle, found = await service.explain(await request.body(), read)
+        rows = []
+        for at in range(len(found)):
+            logit = {task: float(z[at]) for task, z in found.logit.items()}
+            parts = {
+                task: dict(zip(found.names, c[at].tolist(), strict=True)) for task, c in found.contribution.items()
+            }
+            rows.append({"logit": logit, "contributions": parts})
+        request.state.told = {"rows": len(rows), "bundle": bundle}
+        return _json({"model": name, "bundle": bundle, "base": dict(found.base), "explanations": rows})
 
 
 def _add_health(app: FastAPI, service: Service, name: str) -> None:

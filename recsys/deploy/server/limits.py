@@ -13,6 +13,7 @@ class Limits:
     Args:
         body: bytes of one request's body.
         rows: of one request.
+        explained: rows of one request for explanations, each of which is scored once for every column.
         string: bytes of UTF-8 of one text.
         values: of one request: numbers, texts, lists and objects of its JSON together.
         held: bytes of bodies that are held at once, over all connections.
@@ -26,6 +27,7 @@ class Limits:
 
     body: int = 8 << 20
     rows: int = 1024
+    explained: int = 64
     string: int = 1024
     values: int = 1 << 18
     held: int = 32 << 20

@@ -33,6 +33,7 @@ PARAMETERS: Schema = {"type": "object"}
 TENSOR = _object(
     {"name": TEXT, "datatype": {"enum": list(TYPES)}, "shape": _list({"type": "integer"})}, "name", "datatype", "shape"
 )
+NUMBERS: Schema = {"type": "object", "additionalProperties": {"type": "number"}}
 REPLIES: Mapping[str, Schema] = {
     "Error": _object({"error": TEXT}, "error"),
     "Live": _object({"live": {"type": "boolean"}}, "live"),
@@ -58,9 +59,23 @@ REPLIES: Mapping[str, Schema] = {
         {
             "model": TEXT,
             "bundle": TEXT,
-            "scores": _list({"type": "object", "additionalProperties": {"type": "number"}}),
+            "scores": _list(NUMBERS),
         },
         *("model", "bundle", "scores"),
+    ),
+    "Explanations": _object(
+        {
+            "model": TEXT,
+            "bundle": TEXT,
+            "base": NUMBERS,
+            "explanations": _list(
+                _object(
+                    {"logit": NUMBERS, "contributions": {"type": "object", "additionalProperties": NUMBERS}},
+                    *("logit", "contributions"),
+                )
+            ),
+        },
+        *("model", "bundle", "base", "explanations"),
     ),
 }
 

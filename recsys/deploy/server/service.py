@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recsys.deploy.encode import Encoded, Row
+from recsys.deploy.explain import Explanation
 from recsys.deploy.predictor import Predictor, Scores, load
 from recsys.deploy.server.batch import Batcher, busy
 from recsys.deploy.server.drift import Drift
 from recsys.deploy.server.limits import Limits, Refused
 from recsys.deploy.server.metrics import Metrics
 
+T = TypeVar("T")
 _SMALL = 16 << 10
 """Bodies up to so many bytes are parsed and encoded at once; larger ones in a thread, so that others need not wait."""
 
@@ -118,13 +120,32 @@ class Service:
             Refused: the request is none, is too large, or comes when too many others wait.
             RequestError: a row cannot be read.
         """
-        if self._admitted >= self.limits.queue:
-            raise busy(self._admitted)
         served = self.current()
+        return await self._admit(self._answer(served, body, read))
+
+    async def explain(self, body: bytes, read: Reader) -> tuple[str, Explanation]:
+        """Return the id of the bundle, and what the columns of a body's rows do to their scores.
+
+        Raises:
+            Refused: as `answer`.
+            RequestError: a row cannot be read.
+        """
+        predictor = self.current().predictor
+
+        def explained() -> Explanation:
+            return predictor.explain(read(body, predictor, self.limits))
+
+        return predictor.id, await self._admit(self._batcher.call(explained))
+
+    async def _admit(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do what is asked for, unless too much is asked for at once, or it takes too long."""
+        if self._admitted >= self.limits.queue:
+            work.close()
+            raise busy(self._admitted)
         self._admitted += 1
         try:
             async with asyncio.timeout(self.limits.timeout):
-                return await self._answer(served, body, read)
+                return await work
         except TimeoutError:
             self.metrics.late()
             raise Refused(503, f"no scores within {self.limits.timeout:g} seconds; try again later") from None
