@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,23 @@ from recsys.bench.table import Bench, Entry
 from recsys.errors import RunError
 
 _TAIL = 8
+
+
+@contextlib.contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, so that its jobs save and end too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,7 @@ class Workers:
             The failures.
         """
         failures = []
-        with ThreadPoolExecutor(self._at_once) as pool:
+        with _sigterm_ends(), ThreadPoolExecutor(self._at_once) as pool:
             waiting: Mapping[Future[None], Job] = {pool.submit(self._train, job): job for job in todo}
             left = set(waiting)
             try:

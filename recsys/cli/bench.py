@@ -41,9 +41,9 @@ def command(
 
     `recsys bench tables/frappe --out runs/frappe --only fm --seeds 2 --data-root data`. Every run has a process, a
     folder and a log of its own. Called again, it repeats nothing that is finished and resumes what was stopped (Ctrl-C
-    lets every run save first). Seeds come first: after a while, every recipe has one run, then two. The table is in
-    `table.md`, `table.csv` and `table.json`, and always tells the runs that are finished. A table with a `plot:` is
-    drawn too, into `plot.svg`, when the extra `report` is installed.
+    and SIGTERM let every run save first). Seeds come first: after a while, every recipe has one run, then two. The
+    table is in `table.md`, `table.csv` and `table.json`, and always tells the runs that are finished. A table with a
+    `plot:` is drawn too, into `plot.svg`, when the extra `report` is installed.
 
     A table with a `selection:` compares rankings of fields: every row's recipe runs up to its first `prune`, then the
     base is trained with the best fields of each ranking, every set once. It draws `curves.svg` and `cost.svg`.

@@ -177,7 +177,8 @@ def test_a_failed_run_is_told_and_does_not_stop_the_others(tmp_path: Path) -> No
     assert "| mlp | 1/1 |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_what_was_stopped_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_what_was_stopped_goes_on(sign: signal.Signals, tmp_path: Path) -> None:
     path = table(tmp_path, TABLE.replace("seeds: 2", "seeds: 1"))
     options = [sys.executable, "-m", "recsys.cli", "bench", str(path), "--only", "mlp", "--out", "out"]
     whole = bench(path, "--only", "mlp", "--out", "whole", cwd=tmp_path)
@@ -186,9 +187,9 @@ def test_what_was_stopped_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "out" / "mlp" / "seed-2021"
     while not (run / "run.json").is_file():
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, sign)
     process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode == (128 + signal.SIGTERM if sign == signal.SIGTERM else 130)
     again = bench(path, "--only", "mlp", "--out", "out", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
