@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class RecsysError(Exception):
@@ -83,3 +84,13 @@ def listing(names: Sequence[str] | Iterable[str], limit: int = 30) -> str:
     names = list(names)
     tail = f", … ({len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + tail if names else "none"
+
+
+def if_file(path: Path) -> str:
+    """Say why a file is not taken where a folder is expected; empty where it is none."""
+    if not path.is_file():
+        return ""
+    return (
+        " It is a file; expected the folder of a run or a bundle, whose weights are safetensors (weights only): "
+        "a pickle, such as a .ckpt or .pt, is never read."
+    )

@@ -135,3 +135,63 @@ def test_every_component_of_the_core_and_its_plugins_loads() -> None:
     ours = [plugin for plugin in registry.broken if plugin.distribution == "recsys"]
     assert not ours, ours
     assert method_names() <= {entry.component.name for entry in registry.all()}
+
+
+# Calls that can run what they read, or write where it says; and the one module that looks into archives, without
+# unpacking them, to tell whether a file is a pickle.
+REVIEWED = {"recsys/testing/exporters.py": ["import zipfile"]}
+SINKS = {
+    "torch.load", "torch.jit.load", "torch.export.load", "pickle.load", "pickle.loads", "pickle.Unpickler",
+    "marshal.loads", "shelve.open", "joblib.load", "dill.loads", "cloudpickle.loads", "yaml.load", "yaml.unsafe_load",
+    "yaml.full_load", "eval", "exec", "os.system", "os.popen", "shutil.unpack_archive",
+}  # fmt: skip
+METHODS = {"extractall", "unsafe_load", "full_load"}
+MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "tarfile", "zipfile"}
+
+
+def sinks(source: str) -> list[str]:
+    """What of a module's source can run what it reads."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"import {name}" for name in names if name.split(".")[0] in MODULES]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        found += [name] if name in SINKS or name.split(".")[-1] in METHODS else []
+        for keyword in node.keywords:
+            value = getattr(keyword.value, "value", None)
+            if (keyword.arg, value) in (("shell", True), ("weights_only", False), ("allow_pickle", True)):
+                found.append(f"{name}({keyword.arg}={value})")
+    return found
+
+
+def test_a17_nothing_runs_what_it_reads() -> None:
+    """Any such call, or import of what makes it, in the package, its plugins and its scripts."""
+    files = [*(ROOT / "recsys").rglob("*.py"), *(ROOT / "plugins").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    assert len(files) > 200
+    found = {str(path.relative_to(ROOT)): sinks(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: calls for name, calls in found.items() if calls} == REVIEWED
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load(path)",
+        "import pickle",
+        "from pickle import loads",
+        "import yaml\nyaml.load(text)",
+        "eval(text)",
+        "subprocess.run(text, shell=True)",
+        "archive.extractall(path)",
+        "numpy.load(path, allow_pickle=True)",
+        "torch_load(path, weights_only=False)",
+    ],
+)
+def test_a17_would_be_seen(source: str) -> None:
+    assert sinks(source)
+
+
+def test_a17_what_is_alike_is_no_sink() -> None:
+    assert sinks("model.eval()\nyaml.safe_load(text)\ncolumn.list.eval(x)\nsubprocess.run(text, shell=False)") == []

@@ -30,6 +30,9 @@ def command(
     kserve: Annotated[
         Path | None, typer.Option("--kserve", metavar="FILE", help="The manifest of a service of KServe.")
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="FILE", help="Sign the bundle with the key in this file.")
+    ] = None,
     storage: Annotated[
         str,
         typer.Option(
@@ -79,6 +82,8 @@ def command(
     `recsys export runs/mine --mlflow mine_mlflow`
     `recsys export runs/mine --kserve ctr.yaml --name ctr --storage s3://models/ctr --image registry/recsys`
 
+    `recsys export runs/mine --sign key`
+
     `recsys export runs/mine --index usearch --items item --out items`
 
     Needs onnx and onnxruntime (for MLflow and KServe neither), not torch; an index needs torch and a run. Every file
@@ -86,17 +91,24 @@ def command(
     """
     from recsys.deploy.bundle import open_bundle
 
-    if not any((onnx, triton, mlflow, kserve, index)):
+    if not any((onnx, triton, mlflow, kserve, index, sign)):
         raise ExportError(
-            "say what to write: --onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE or --index LIBRARY"
+            "say what to write: --onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE, --sign FILE or --index LIBRARY"
         )
     console = make_console()
     if index is not None:
         _write_index(bundle, index, out, items or [], catalogue, task, open_registry(plugin, without), console)
-    if not any((onnx, triton, mlflow, kserve)):
+    if not any((onnx, triton, mlflow, kserve, sign)):
         return
     inside = bundle / "bundle"
     opened = open_bundle(inside if inside.is_dir() else bundle)
+    if sign is not None:
+        from recsys.deploy.bundle import MANIFEST
+        from recsys.deploy.signature import SIGNATURE, read_key, text_of
+
+        text = text_of((opened.folder / MANIFEST).read_bytes(), read_key(sign))
+        (opened.folder / SIGNATURE).write_text(text, encoding="ascii")
+        console.print(f"{opened.folder / SIGNATURE}: {opened.id}", highlight=False, markup=False)
     if mlflow is not None:
         from recsys.deploy.mlflow import write_mlflow
 

@@ -12,7 +12,7 @@ from recsys.cli.extras import make_console, require
 from recsys.errors import RecsysError
 
 _NETWORK = "Network"
-_LIMITS = "Limits (what a request may ask; more is refused with 413, 408 or 503)"
+_LIMITS = "Limits (what a request may ask; more is refused with 413, 408, 429 or 503)"
 _SPEED = "Speed"
 _ACCESS = "Access"
 
@@ -100,6 +100,16 @@ def command(
     max_connections: Annotated[
         int, typer.Option("--max-connections", min=1, rich_help_panel=_LIMITS, help="Connections at once.")
     ] = 1024,
+    max_rate: Annotated[
+        float,
+        typer.Option(
+            "--max-rate",
+            min=0.0,
+            rich_help_panel=_LIMITS,
+            help="Requests a second of one client address; more get 429. 0: not counted. Behind a proxy all clients "
+            "have its address.",
+        ),
+    ] = 0.0,
     concurrency: Annotated[
         int,
         typer.Option(
@@ -148,6 +158,14 @@ def command(
             "bundle beside BUNDLE that has proven itself. Without it there is no exchange.",
         ),
     ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--key-file",
+            rich_help_panel=_ACCESS,
+            help="File with the key that must have signed the bundle, and every one that takes its place.",
+        ),
+    ] = None,
     log_requests: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +189,7 @@ def command(
     from recsys.deploy.server.access import Token
     from recsys.deploy.server.limits import Limits
     from recsys.deploy.server.run import Options, serve
+    from recsys.deploy.signature import read_key
 
     if not name.isascii() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise RecsysError(f"--name {name!r}: letters, digits, `-`, `_` and `.` only; it stands in paths")
@@ -187,6 +206,7 @@ def command(
         idle=idle_timeout,
         queue=queue,
         connections=max_connections,
+        rate=max_rate,
     )
     log = None if log_requests is None else log_requests.open("a", encoding="utf-8")
     options = Options(
@@ -202,6 +222,7 @@ def command(
         graph_threads=threads,
         batch_rows=batch_rows,
         batch_wait=batch_wait_ms / 1000,
+        key=None if key_file is None else read_key(key_file),
         token=None if token_file is None else Token.of_file(token_file),
         admin_token=None if admin_token_file is None else Token.of_file(admin_token_file),
         log=log,

@@ -16,6 +16,9 @@ def command(
         bool,
         typer.Option("--trust-code", help="Allow listed files that hold code; nothing here runs them."),
     ] = False,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", help="File with the key that must have signed the bundle.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads that scoring may use.")] = 1,
 ) -> None:
     """Compare every file of a bundle with its hash, refuse what could run code, and score its golden rows.
@@ -28,13 +31,17 @@ def command(
     require("serve", ("onnxruntime",))
     from recsys.deploy.bundle import REQUESTS, open_bundle
     from recsys.deploy.predictor import Predictor
+    from recsys.deploy.signature import read_key
 
     console = make_console()
     inside = bundle / "bundle"
     folder = inside if inside.is_dir() else bundle
-    opened = open_bundle(folder, trust_code=trust_code)
+    key = None if key_file is None else read_key(key_file)
+    opened = open_bundle(folder, trust_code=trust_code, key=key)
     console.print(f"{folder}: {opened.id}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(opened.manifest['files'])} files are those that were written", highlight=False)
+    if key is not None:
+        console.print("the manifest is signed by the key")
     predictor = Predictor(opened, threads=threads)
     worst = predictor.check_golden()
     rows = len(opened.lines(REQUESTS))

@@ -1,5 +1,6 @@
 """The folder of a bundle: which files it has, and the proof that they are those that were written.
 
+    SIGNATURE          of the manifest by a key, where there is one
     manifest.json      schema version, bundle id, sha256 and size of every other file, versions, metrics
     model.onnx         ids, numbers and lists to logits and probabilities; holds all of its numbers itself
     model.safetensors  the same weights by name, to train on from them
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from recsys.deploy.graph_check import check_graph
-from recsys.errors import BundleError, did_you_mean, listing
+from recsys.deploy.signature import SIGNATURE, check_signature
+from recsys.errors import BundleError, did_you_mean, if_file, listing
 
 SCHEMA = 1
 """Version of the layout."""
@@ -111,28 +113,32 @@ class Bundle:
         return [parse(line, self.folder / name) for line in self.read(name).splitlines() if line.strip()]
 
 
-def open_bundle(folder: Path, *, trust_code: bool = False) -> Bundle:
+def open_bundle(folder: Path, *, trust_code: bool = False, key: bytes | None = None) -> Bundle:
     """Compare every file of a bundle with its manifest; nothing of it is used before.
 
     Args:
         folder: of the bundle.
         trust_code: allow files that hold code, listed in the manifest; nothing of this package runs them.
+        key: that must have signed the bundle; None asks for no signature.
 
     Raises:
-        BundleError: a file is missing, not listed, altered, a link or of a forbidden kind; or the manifest is wrong.
+        BundleError: a file is missing, not listed, altered, a link or of a forbidden kind; or the manifest is wrong, or
+            not signed by the key.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
         near = did_you_mean(folder.name, [path.parent.name for path in folder.absolute().parent.glob(f"*/{MANIFEST}")])
-        raise BundleError(f"{folder}: no such folder.{near}")
+        raise BundleError(f"{folder}: no such folder.{if_file(folder) or near}")
     found = _regular_files(folder)
     if MANIFEST not in found:
         raise BundleError(f"{path}: missing; this is no bundle")
+    if key is not None:
+        check_signature(folder / SIGNATURE, _content(path), key)
     manifest = _manifest(path)
     files: Mapping[str, Any] = manifest["files"]
     for name in sorted({*files, *NEEDED} - found):
         raise BundleError(f"{folder / name}: missing; a bundle is the whole folder that the stage `export` wrote")
-    for name in sorted(found - {*files, MANIFEST}):
+    for name in sorted(found - {*files, MANIFEST, SIGNATURE}):
         raise BundleError(f"{folder / name}: not listed in {MANIFEST}; it was put there after the bundle was written")
     for name in sorted(NEEDED):
         if name not in files:

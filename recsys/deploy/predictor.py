@@ -210,18 +210,21 @@ class Predictor:
         return names
 
 
-def load(bundle: str | os.PathLike[str], *, threads: int = 1, check: bool = True) -> Predictor:
+def load(
+    bundle: str | os.PathLike[str], *, threads: int = 1, check: bool = True, key: bytes | None = None
+) -> Predictor:
     """Return a predictor that has proven itself.
 
     Args:
         bundle: folder that the stage `export` wrote.
         threads: that one request may use.
         check: score the golden rows first; leave this on.
+        key: that must have signed the bundle; None asks for no signature.
 
     Raises:
         BundleError: a file is missing, altered or unsafe, or a golden row does not get its score.
     """
-    predictor = Predictor(open_bundle(Path(bundle)), threads=threads)
+    predictor = Predictor(open_bundle(Path(bundle), key=key), threads=threads)
     if check:
         predictor.check_golden()
     return predictor

@@ -24,7 +24,7 @@ from recsys.data.sampling import Sampling, check_sampling
 from recsys.data.schema import DataConfig, HashSplit
 from recsys.data.shards import Shards
 from recsys.data.sources import DataRoot, Files
-from recsys.errors import DataError, RecipeError, RunError, did_you_mean
+from recsys.errors import DataError, RecipeError, RunError, did_you_mean, if_file
 from recsys.nn.head import Head
 from recsys.nn.model import Model
 from recsys.nn.weightless import weightless
@@ -290,7 +290,7 @@ def read_run(folder: Path, registry: Registry) -> tuple[Recipe, dict[str, Any]]:
     if not (folder / "run.json").is_file():
         near = sorted(str(path.parent) for path in folder.parent.glob("*/run.json")) if folder.parent.is_dir() else []
         hint = f" Runs beside it: {', '.join(near[-5:])}" if near else ""
-        raise RunError(f"{folder}: no run folder (it has no run.json).{hint}")
+        raise RunError(f"{folder}: no run folder (it has no run.json).{if_file(folder)}{hint}")
     facts = read_json(folder / "run.json")
     document = Document(read_json(folder / "recipe.json"), {(): str(folder / "recipe.json")})
     recipe = check_document(document, registry, facts["recipe"], Path(facts["recipe_folder"]))

@@ -80,7 +80,7 @@ def _text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{path.name}:{line}: not UTF-8 text (byte {error.start})") from None
+        raise RecipeError(f"{path.name}:{line}: not UTF-8 text (byte {error.start}); a recipe is YAML") from None
 
 
 def parse(text: str, name: str) -> Document:

@@ -30,6 +30,7 @@ _ERRORS: Mapping[int | str, str] = {
     413: "Larger than the limits",
     415: "Compressed, or not JSON",
     422: "Rows that the model cannot read",
+    429: "Too many requests of one client",
     431: "Too large a head",
     503: "Busy, or not ready",
 }
@@ -220,7 +221,7 @@ def _json(value: Any) -> Response:
 
 def _described(reply: str, *statuses: int, body: str | None = None) -> dict[str, Any]:
     """What the document tells of a route."""
-    possible = dict(_ERRORS) if body is not None else {key: _ERRORS[key] for key in (401, 431, 503)}
+    possible = dict(_ERRORS) if body is not None else {key: _ERRORS[key] for key in (401, 429, 431, 503)}
     possible |= dict.fromkeys(statuses, "No such model or version")
     error = {"content": {"application/json": {"schema": ref("Error")}}}
     replies: dict[int | str, Any] = {key: {"description": text, **error} for key, text in possible.items()}

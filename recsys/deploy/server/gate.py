@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from recsys.deploy.server.access import Token
 from recsys.deploy.server.limits import Limits, Refused
 from recsys.deploy.server.metrics import Metrics
+from recsys.deploy.server.rate import Rate
 
 LOG = logging.getLogger("recsys.serve")
 _LINGER = 1.0
@@ -59,6 +60,7 @@ class Gate:
         self._open = open_endpoints
         self._log = log
         self._held = 0
+        self._rate = Rate(limits.rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -84,6 +86,8 @@ class Gate:
         held = 0
         try:
             headers = dict(scope["headers"])
+            if endpoint not in self._open:
+                self._rate.take((scope.get("client") or ("",))[0])
             if self._token is not None and endpoint not in self._open:
                 self._token.check(headers.get(b"authorization"))
             if scope["method"] in _BODY:

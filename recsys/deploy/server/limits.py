@@ -23,6 +23,7 @@ class Limits:
         idle: seconds that a connection may stay open without a request.
         queue: requests that are worked on or wait at once.
         connections: that are open at once.
+        rate: requests of one client address in a second, ten seconds' worth of which may come at once; 0: any number.
     """
 
     body: int = 8 << 20
@@ -37,6 +38,7 @@ class Limits:
     idle: float = 30.0
     queue: int = 256
     connections: int = 1024
+    rate: float = 0.0
 
 
 class Refused(Exception):
@@ -57,7 +59,7 @@ class Refused(Exception):
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers that the status asks for."""
-        found = [(b"retry-after", b"1")] if self.status == 503 else []
+        found = [(b"retry-after", b"1")] if self.status in (429, 503) else []
         found += [(b"www-authenticate", b"Bearer")] if self.status == 401 else []
         return [*found, (b"connection", b"close")] if self.close else found
 

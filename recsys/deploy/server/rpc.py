@@ -17,6 +17,7 @@ from recsys.deploy.server.gate import write_line
 from recsys.deploy.server.limits import Limits, Refused
 from recsys.deploy.server.messages import HEALTH, NOT_SERVING, SERVICE, SERVING, check_values, messages
 from recsys.deploy.server.oip import Call, inputs_of, outputs_of, stacked
+from recsys.deploy.server.rate import Rate
 from recsys.deploy.server.service import Service
 from recsys.deploy.values import shown
 from recsys.errors import RecsysError, RequestError
@@ -65,6 +66,7 @@ class Rpc:
         self._log = log
         self._made = messages()
         self._held = 0
+        self._rate = Rate(service.limits.rate)
 
     async def start(self, host: str, port: int) -> tuple[Any, int]:
         """Listen; return the server, to be stopped, and its port.
@@ -124,7 +126,7 @@ class Rpc:
             except Refused as refused:
                 told["status"] = refused.status
                 code = CODES.get(refused.status, grpc.StatusCode.INTERNAL)
-                await context.abort(code, refused.problem, _RETRY if refused.status == 503 else ())
+                await context.abort(code, refused.problem, _RETRY if refused.status in (429, 503) else ())
             finally:
                 self._held -= len(content)
                 seconds = time.perf_counter() - began
@@ -139,6 +141,8 @@ class Rpc:
         self, content: bytes, context: Any, method: Method, kind: Any, is_open: bool, told: dict[str, Any]
     ) -> Any:
         try:
+            if not is_open:
+                self._rate.take(_address(context.peer()))
             if self._token is not None and not is_open:
                 self._token.check(_authorization(context.invocation_metadata()))
             if self._held > self._service.limits.held:
@@ -275,3 +279,8 @@ def _authorization(metadata: Any) -> bytes | None:
         if key == "authorization":
             return value if isinstance(value, bytes) else str(value).encode(errors="replace")
     return None
+
+
+def _address(peer: str) -> str:
+    """Return a peer such as `ipv4:1.2.3.4:5678` without its port."""
+    return peer.rpartition(":")[0]

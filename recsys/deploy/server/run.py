@@ -47,6 +47,7 @@ class Options:
         graph_threads: that one run of the graph may use.
         batch_rows: rows of one run of the graph; 0 joins no requests.
         batch_wait: seconds that a request waits for others.
+        key: that must have signed every bundle.
         token: that requests need.
         admin_token: that an exchange of the model needs.
         log: gets one line for each request.
@@ -64,6 +65,7 @@ class Options:
     graph_threads: int = 1
     batch_rows: int = 64
     batch_wait: float = 0.0
+    key: bytes | None = None
     token: Token | None = None
     admin_token: Token | None = None
     log: TextIO | None = None
@@ -89,6 +91,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         batch_rows=options.batch_rows,
         batch_wait=options.batch_wait,
         graph_threads=options.graph_threads,
+        key=options.key,
     )
     scores = Gate(
         app.make_app(service, options.name),

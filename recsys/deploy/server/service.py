@@ -51,6 +51,7 @@ class Service:
         batch_rows: rows of one run of the graph; 0 joins no requests.
         batch_wait: seconds that a request waits for others.
         graph_threads: that one run may use.
+        key: that must have signed every bundle; None asks for no signature.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Service:
         batch_rows: int = 64,
         batch_wait: float = 0.0,
         graph_threads: int = 1,
+        key: bytes | None = None,
     ) -> None:
+        self._key = key
         self.limits = limits
         self.metrics = metrics
         self._batcher = Batcher(
@@ -100,7 +103,7 @@ class Service:
         if not self._loading.acquire(blocking=False):
             raise Refused(409, "another bundle is being loaded; try again later")
         try:
-            predictor = load(folder, threads=self._graph_threads)
+            predictor = load(folder, threads=self._graph_threads, key=self._key)
             predictor.warm_up()
             served = Served(predictor, Drift(predictor))
             self._served = served
