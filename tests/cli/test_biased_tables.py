@@ -40,7 +40,6 @@ def gaps(table: str, better: str, plain: str, metric: str, out: Path) -> tuple[f
         ("simulated_conversion", "escm2_dr", "alone", "conversion/logloss", -1),
         ("simulated_delayed", "dfm", "bce", "logloss", -1),
         ("simulated_delayed", "dfm", "bce", "ece", -1),
-        ("simulated_slates", "dla", "bce", "ndcg", 1),
     ],
 )
 def test_a_loss_that_knows_the_fault_gains(
