@@ -81,7 +81,10 @@ class FairRec(nn.Module):
     nothing to gain by changing its code instead of forgetting. gradient: it is a network that learns by the same
     gradient step as all else, as published; the two then tend to go round in circles.
 
-    What is published of the strengths λ is not certain: the defaults are of our recipe for MovieLens. Items may still
+    What is published of the strengths λ is not certain: the defaults are of our recipe for MovieLens. On
+    30,000 planted users whose taste has nothing to do with the attribute, λ_G = λ_D = 0.004, λ_A = 0.6 and drop = 0.9
+    bring a probe from .82 to .52 and leave the AUC as it is. With a tenth of the users and fewer steps, such strengths
+    cost .03 to .08, and λ_G = 0.5 without an adversary .11. Items may still
     carry the attribute into what is recommended; the stage `attribute_probe` measures it, and what u_d tells, with a
     probe that is trained anew.
 

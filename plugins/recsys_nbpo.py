@@ -29,8 +29,10 @@ class NBPO(nn.Module):
 
     Yu, Qin, "Sampler design for implicit feedback data by noisy-label robust learning", SIGIR 2020 (arXiv 2007.07204).
     What φ alone means is not settled by the data: (1 − φ)σ(x) is; low rank and the start divide it into its factors.
-    Left free, φ of `nbpo` settles at 1 − p, p the share of positives among a pair's rows, and the ranking suffers. The
-    paper's sums over a batch are means here, so its learning rates have to be scaled.
+    Left free, φ of `nbpo` settles at 1 − p, p the share of positives among a pair's rows, and the ranking suffers. Nor
+    is the true φ enough: given it, σ(x)/σ(−x) of `nbpo` settles at [p(1 − φ) + (1 − p)φ]/(1 − p), which is large
+    wherever φ is; that of `exact` at the odds of the truth. The paper's sums over a batch are means here, so its
+    learning rates have to be scaled.
 
     Args:
         user: field of the users, which P has a row for each value of.

@@ -218,54 +218,61 @@ def test_a_recipe_without_the_attribute_is_told():
 # Users whose events tell the attribute, while what they like does not depend on it
 
 
-ITEMS, EVENTS, USERS, BATCH = 80, 12, 6000, 256
+ITEMS, EVENTS, USERS, FRESH, BATCH = 80, 12, 30_000, 12_000, 512
 
 
-def users(generator):
+def users(count, seed):
     """Events from items that go by the attribute and by a taste of the user's own; the labels go by the taste alone."""
-    attribute = (torch.rand(USERS, generator=generator) < 0.4).long()
-    taste = torch.randint(0, 4, (USERS,), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    attribute = (torch.rand(count, generator=generator) < 0.4).long()
+    taste = torch.randint(0, 4, (count,), generator=generator)
     kind = torch.arange(ITEMS) % 8  # the item's attribute side and its taste: 2 · 4
     score = 1.5 * (kind % 2 == attribute[:, None]).float() + 2.0 * (kind // 2 == taste[:, None]).float()
     events = torch.multinomial(torch.softmax(score, 1), EVENTS, replacement=True, generator=generator)
-    target = torch.randint(0, ITEMS, (USERS,), generator=generator)
+    target = torch.randint(0, ITEMS, (count,), generator=generator)
     chance = torch.where(kind[target] // 2 == taste, 0.8, 0.2)
-    return events, target, (torch.rand(USERS, generator=generator) < chance).float(), attribute
+    return events, target, (torch.rand(count, generator=generator) < chance).float(), attribute
 
 
-def trained(data, steps=300, **options):
-    torch.manual_seed(1)
-    events, target, label, attribute = data
+def blind(events, target):
+    """The probability that the target is of the user's taste, by the tastes of the events; no side is looked at."""
+    taste = torch.arange(ITEMS) % 8 // 2
+    told = torch.nn.functional.one_hot(taste[events], 4).sum(1).double()
+    return torch.softmax(2.0 * told, 1)[torch.arange(len(target)), taste[target]], told
+
+
+def trained(seed, steps=500, **options):
+    """AUC of the ranking, of a probe of each part, and how far users' served parts are spread; of users not met."""
+    torch.manual_seed(seed)
+    events, target, label, attribute = users(USERS, seed)
     table = torch.nn.Embedding(ITEMS, 16)
-    torch.nn.init.normal_(table.weight, std=0.1)
+    torch.nn.init.normal_(table.weight, std=0.3)
     model = FairRec(16, dropout=0.0, attention=16, **options)
     bias = torch.nn.Embedding(ITEMS, 1)
     parameters = [p for part in (table, model, bias) for p in part.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    length = torch.full((BATCH,), EVENTS)
 
-    def logit(rows):
-        e = table(target[rows])
-        u = model(e, table(events[rows]), length[:1].expand(len(rows)))
-        return (u * e).sum(1) + bias(target[rows]).squeeze(1)
+    def logit(events, target):
+        e = table(target)
+        u = model(e, table(events), torch.full((len(target),), EVENTS))
+        return (u * e).sum(1) + bias(target).squeeze(1)
 
     for _ in range(steps):
-        rows = torch.randint(0, USERS // 2, (BATCH,))
+        rows = torch.randint(0, USERS, (BATCH,))
         model.train()
-        z = logit(rows)
+        z = logit(events[rows], target[rows])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, label[rows])
         optimizer.zero_grad()
         (loss + model.auxiliary(labelled(attribute[rows]))).backward()
         optimizer.step()
         schedule.step()
     model.eval()
-    fresh = torch.arange(USERS // 2, USERS)
+    events, target, label, attribute = users(FRESH, 1000 + seed)
     with torch.no_grad():
-        auc = roc_auc_score(label[fresh], logit(fresh))
-        parts = {
-            name: getattr(model, name)(None, table(events), torch.full((USERS,), EVENTS)) for name in ("free", "aware")
-        }
+        auc = roc_auc_score(label, logit(events, target))
+        length = torch.full((FRESH,), EVENTS)
+        parts = {name: getattr(model, name)(None, table(events), length) for name in ("free", "aware")}
     return (
         auc,
         {name: probe(u.numpy(), attribute.numpy()) for name, u in parts.items()},
@@ -274,22 +281,33 @@ def trained(data, steps=300, **options):
 
 
 def probe(u, attribute):
-    half = USERS // 2
-    model = LogisticRegression(max_iter=1000).fit(u[half : half + half // 2], attribute[half : half + half // 2])
-    return roc_auc_score(attribute[half + half // 2 :], model.predict_proba(u[half + half // 2 :])[:, 1])
+    """AUC of a logistic regression that is fitted to one half of the users, on the other half."""
+    half = len(u) // 2
+    u = (u - u[:half].mean(0)) / (u[:half].std(0) + 1e-9)
+    model = LogisticRegression(max_iter=1000).fit(u[:half], attribute[:half])
+    return roc_auc_score(attribute[half:], model.predict_proba(u[half:])[:, 1])
+
+
+def test_the_planted_users_can_be_ranked_without_their_attribute():
+    """The best scorer that does not look at the attribute: what a fair model is judged by."""
+    events, target, label, attribute = users(FRESH, 1000)
+    score, told = blind(events, target)
+    assert roc_auc_score(label, score) > 0.75
+    assert abs(probe(told.double().numpy(), attribute.numpy()) - 0.5) < 0.03
 
 
 @pytest.mark.slow
-def test_the_served_part_forgets_the_attribute_at_a_price():
-    """The price is high in this world: the AUC falls by about a tenth; what is asserted is that a taste is left."""
-    data = users(torch.Generator().manual_seed(0))
-    plain, told, _ = trained(data, predict=0.0, orthogonal=0.0, adversarial=0.0)
-    fair, hidden, spread = trained(data, predict=0.5, orthogonal=0.1, adversarial=0.12)
-    assert told["free"] > 0.8  # or there would be nothing to forget
-    assert hidden["free"] < 0.62
-    assert hidden["aware"] > 0.9
-    assert spread > 0.1  # forgetting everything is no way to forget one thing
-    assert plain > fair > 0.6
+def test_the_served_part_forgets_the_attribute_and_ranks_as_before():
+    """The mean of two worlds: the probe within .02 of chance, the AUC within .01 of that without a care."""
+    plain = [trained(seed, predict=0.0, orthogonal=0.0, adversarial=0.0) for seed in range(2)]
+    fair = [trained(seed, predict=0.004, orthogonal=0.004, adversarial=0.6, drop=0.9) for seed in range(2)]
+    lost = np.mean([a[0] - b[0] for a, b in zip(plain, fair, strict=True)])
+    hidden = {name: np.mean([parts[name] for _, parts, _ in fair]) for name in ("free", "aware")}
+    assert min(parts["free"] for _, parts, _ in plain) > 0.8  # or there would be nothing to forget
+    assert abs(hidden["free"] - 0.5) < 0.02
+    assert hidden["aware"] > 0.85
+    assert min(spread for _, _, spread in fair) > 0.1  # forgetting everything is no way to forget one thing
+    assert lost < 0.01
 
 
 def test_contract():

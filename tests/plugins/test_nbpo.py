@@ -152,6 +152,32 @@ def test_a_flip_that_nothing_holds_settles_at_one_minus_the_rate_of_positives(ra
     assert float(g.detach().sigmoid()) == pytest.approx(1 - rate, abs=0.01)
 
 
+def settled(form, liked, flip):
+    """σ(x) where the gradients of a pair's rows meet, with the true flip given; by bisection."""
+    rate, g = liked * (1 - flip), math.log(flip / (1 - flip))
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        x = (low + high) / 2
+        up = rate * slopes(lambda a, b: positive_loss(a, b, form), x, g)[0]
+        up += (1 - rate) * slopes(lambda a, b: sampled_loss(a, b, form), x, g)[0]
+        low, high = (x, high) if up < 0 else (low, x)
+    return sigmoid(low)
+
+
+@given(st.floats(0.02, 0.95), st.floats(0.02, 0.95))
+def test_given_the_true_flips_the_likelihood_finds_the_truth_and_the_surrogate_does_not(liked, flip):
+    assert settled("exact", liked, flip) == pytest.approx(liked, abs=1e-6)
+    rate = liked * (1 - flip)
+    odds = (rate * (1 - flip) + (1 - rate) * flip) / (1 - rate)
+    assert settled("nbpo", liked, flip) == pytest.approx(odds / (1 + odds), abs=1e-6)
+
+
+def test_true_flips_can_turn_the_order_of_the_surrogate_round():
+    """Even one who knows the flips would not rank by `nbpo`: a disliked pair that is often lost comes first."""
+    assert settled("nbpo", 0.05, 0.9) > settled("nbpo", 0.3, 0.1)
+    assert settled("bpo", 0.05, 0.9) < settled("bpo", 0.3, 0.1)
+
+
 def test_the_decay_is_over_the_whole_tables():
     torch.manual_seed(0)
     x, rows = batch(2, 1)
