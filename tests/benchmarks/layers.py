@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -185,20 +185,24 @@ class TextbookTable(nn.Module):
         return torch.stack([table(ids[:, f]) for f, table in enumerate(self.tables)], 1)
 
 
-def median(step: Callable[[], object], repeats: int, device: str) -> float:
-    """Milliseconds, after two rounds to warm up; on a CPU of processor time, which other programs disturb less."""
-    times = []
+def medians(steps: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
+    """Milliseconds of each, taken in turn after two rounds to warm up; on a CPU of processor time.
+
+    Other programs disturb that less than wall time, and taken in turn all steps suffer alike.
+    """
+    times: list[list[float]] = [[] for _ in steps]
     clock = time.process_time if device == "cpu" else time.perf_counter
     for i in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = clock()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append(1000 * (clock() - start))
-    return statistics.median(times)
+        for step, found in zip(steps, times, strict=True):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = clock()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i >= 2:
+                found.append(1000 * (clock() - start))
+    return [statistics.median(found) for found in times]
 
 
 def dense_step(module: nn.Module, e: Tensor) -> Callable[[], object]:
@@ -306,11 +310,8 @@ def main() -> None:
         x: Tensor,
         other_x: Tensor | None = None,
     ) -> None:
-        report(
-            name,
-            median(make(ours.to(device), x), args.repeats, device),
-            median(make(other.to(device), x if other_x is None else other_x), args.repeats, device),
-        )
+        steps = make(ours.to(device), x), make(other.to(device), x if other_x is None else other_x)
+        report(name, *medians(steps, args.repeats, device))
 
     print(f"rows {rows}, threads {torch.get_num_threads()}, device {device}, median of {args.repeats}")
     for fields, dim, width, heads, layers in ((10, 10, 128, 4, 5), (39, 16, 64, 2, 3)):
@@ -328,9 +329,8 @@ def main() -> None:
             Products(width, width),
             AllProducts(width, width, heads),
         )
-        one, other, products, bound = (
-            median(given_step(m.to(device), e_inside), args.repeats, device) for m in modules
-        )
+        steps = [given_step(m.to(device), e_inside) for m in modules]
+        one, other, products, bound = medians(steps, args.repeats, device)
         report(f"one layer, {fields} fields, {heads} heads, width {width}", one, other)
         report(f"  beyond its projections' products, {products:.1f} ms", one - products, other - products)
         report("  all its products and nothing else", bound, other)
