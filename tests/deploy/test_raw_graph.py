@@ -315,5 +315,5 @@ main()
     assert done.returncode == 1
     assert (
         done.stderr
-        == "error: say what to write: --onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE or --index LIBRARY\n"
+        == "error: say what to write: --onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE, --sign FILE or --index LIBRARY\n"
     )
