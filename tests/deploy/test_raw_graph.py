@@ -313,7 +313,5 @@ main()
     assert (tmp_path / "new" / "raw.onnx").read_bytes() == RawGraphs(bundle, normalized=True).whole()
     done = subprocess.run([sys.executable, "-m", "recsys.cli", "export", str(whole)], capture_output=True, text=True)
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == "error: say what to write: --onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE, --sign FILE or --index LIBRARY\n"
-    )
+    forms = "--onnx FILE, --triton DIR, --mlflow DIR, --kserve FILE, --sign FILE or --index LIBRARY"
+    assert done.stderr == f"error: say what to write: {forms}\n"
