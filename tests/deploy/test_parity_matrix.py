@@ -68,8 +68,8 @@ def logs(rows: int, seed: int) -> pl.DataFrame:
             "item": pick([f"i{n}" for n in range(30)], [None, "", "i99", "é"]),
             "shop": pick([f"s{n}" for n in range(9)], [None, "s99", "\U0001f600", "x" * 300]),
             "city": pick(["Köln", "paris ", "Paris", "東京", ""], [None, "K\u0308", "LYON", "\tkoeln"]),
-            "price": pick([float(n) for n in range(17)], [None, float("nan"), -4.5, 20.0, 0.25]),
-            "age": pick([float(n) for n in range(60)], [None, -1.0, 70.0, 29.5]),
+            "price": pick([float(n) for n in range(17)], [None, float("nan"), -5.5, 30.0, 0.25]),
+            "age": pick([float(n) for n in range(60)], [None, -1.0, 90.0, 29.5]),
             "tags": lists([f"t{n}" for n in range(5)], random.integers(0, 7, rows)),
             "past": lists([f"i{n}" for n in range(30)], lengths),
             "past_shop": lists([f"s{n}" for n in range(9)], lengths),
@@ -126,7 +126,7 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(ways: Ways, name: str, encoder: Encoder, model: Model, rows: int, loose: bool = False) -> None:
-    """Every way to score gives the trainer's scores within 1e-6, or within what rounding does to the trainer's own."""
+    """Every way to score gives the trainer's scores within 1e-6; `loose` ones within thrice what rounding does to these."""
     frame = logs(rows, seed=4).select(load(ways.folder / name).columns)
     (block,) = encoder.transform(frame.lazy(), labels=False)
     batch = batch_of(encoder, block)
@@ -135,8 +135,8 @@ def compare(ways: Ways, name: str, encoder: Encoder, model: Model, rows: int, lo
     assert bound < 1e-5
     scores = ways.scores(name, frame)
     for task in model.schema.tasks:
-        assert np.ptp(trainer[task]) > 1e-3
-        assert len(np.unique(trainer[task])) > 0.05 * rows
+        assert np.ptp(trainer[task]) > (0.02 if name in RECIPES else 1e-3)
+        assert len(np.unique(trainer[task])) > (0.5 if name in RECIPES else 0.05) * rows
         for way, scored in scores.items():
             gap = np.abs(scored[task] - trainer[task]).max()
             assert gap <= bound, (name, task, way, gap)
