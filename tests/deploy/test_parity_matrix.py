@@ -126,7 +126,7 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(ways: Ways, name: str, encoder: Encoder, model: Model, rows: int, loose: bool = False) -> None:
-    """Every way to score gives the trainer's scores within 1e-6; `loose` ones within thrice what rounding does to these."""
+    """Every way gives the trainer's scores within 1e-6; of `loose` ones within thrice what rounding does to them."""
     frame = logs(rows, seed=4).select(load(ways.folder / name).columns)
     (block,) = encoder.transform(frame.lazy(), labels=False)
     batch = batch_of(encoder, block)
