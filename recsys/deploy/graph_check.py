@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from recsys.deploy.wire import varint
 from recsys.errors import BundleError
 
 Fields = Mapping[int, str]
@@ -62,28 +63,16 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield the (number, value) of a message's fields, in the wire format of protocol buffers."""
     at = 0
     while at < len(content):
-        key, at = _varint(content, at)
+        key, at = varint(content, at)
         number, kind = key >> 3, key & 7
         if kind == 0:
-            value, at = _varint(content, at)
+            value, at = varint(content, at)
             yield number, value
             continue
         size = {1: 8, 5: 4}.get(kind)
         if kind == 2:
-            size, at = _varint(content, at)
+            size, at = varint(content, at)
         if size is None or number == 0 or at + size > len(content):
             raise ValueError("is no ONNX graph, or is cut short")
         yield number, content[at : at + size]
         at += size
-
-
-def _varint(content: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if not byte & 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("is no ONNX graph")

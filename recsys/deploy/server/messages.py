@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from recsys.deploy.server.limits import Limits, Refused
+from recsys.deploy.wire import varint
 
 SERVICE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
@@ -209,14 +210,14 @@ def _walk(message: str, content: bytes, at: int, end: int, count: _Count) -> Non
                 count.add(1024)
             continue
         count.add(1)
-        key, at = _varint(content, at)
+        key, at = varint(content, at)
         number, kind = key >> 3, key & 7
         if kind == 0:
-            _, at = _varint(content, at)
+            _, at = varint(content, at)
         elif kind in (1, 5):
             at += 8 if kind == 1 else 4
         elif kind == 2:
-            size, at = _varint(content, at)
+            size, at = varint(content, at)
             if at + size > end:
                 raise ValueError("no message")
             if number in packed:
@@ -234,15 +235,3 @@ def _walk(message: str, content: bytes, at: int, end: int, count: _Count) -> Non
 
 def _numbers(content: bytes, width: int) -> int:
     return len(content) // width if width else int((np.frombuffer(content, np.uint8) < 128).sum())
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if not byte & 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("no number")
