@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from recsys.contracts import FIRST_ID, NULL_ID, NUMERIC_VALUE_ID, UNKNOWN_ID
 from recsys.data.limits import EXACT, EXACT_DOUBLE, LARGEST
 from recsys.deploy.spec import EncoderSpec, IdColumn, ListGroup, NumberColumn
-from recsys.deploy.values import Floats, IdReader, Ids, NumberReader, shown
+from recsys.deploy.values import Floats, IdReader, Ids, NumberReader, plain_numbers, shown
 from recsys.errors import RequestError, did_you_mean, listing
 
 if TYPE_CHECKING:
@@ -24,6 +23,11 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 _SINGLY = 4
 """Up to so many rows are read one by one; more, column by column."""
+_PLAIN: frozenset[type] = frozenset((str, int, type(None)))
+"""Values of these classes that a dict finds are meant; True and 5.0 are found as well, but read otherwise."""
+_MISSED = -1
+_USUAL = 1e15
+"""Numbers up to it, less a mean up to it, divided by no less than its inverse, are far below the largest float32."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,15 @@ class RowEncoder:
         tables: vocabulary → value → id; None for hash buckets.
     """
 
-    def __init__(self, spec: EncoderSpec, tables: Mapping[str, Mapping[Any, int] | None]) -> None:
+    def __init__(self, spec: EncoderSpec, tables: Mapping[str, dict[Any, int] | None]) -> None:
         self.spec = spec
         self._tables = tables
         self._readers = {c.column: self._reader(c, EXACT_DOUBLE) for c in self._id_columns()}
-        self._singles = [(r.direct, r.get, r.one) for r in (self._readers[c.column] for c in spec.ids)]
+        singles = [self._readers[c.column] for c in spec.ids]
+        self._found, self._singles = [r.table for r in singles], [(r.direct, r.one) for r in singles]
         self._take = _taker([c.column for c in spec.ids])
         self._numbers = _Numbers(spec.numbers)
+        self._number_ids = [NUMERIC_VALUE_ID] * len(spec.numbers)
 
     def _id_columns(self) -> Iterable[IdColumn]:
         return chain(self.spec.ids, *(group.columns for group in self.spec.lists))
@@ -114,17 +120,28 @@ class RowEncoder:
             KeyError: a column is missing.
             ValueError: a value cannot be read.
         """
-        ids: list[list[int]] = []
-        values: list[list[float]] = []
-        for row in rows:
-            read = zip(self._take(row), self._singles, strict=True)
-            found = [get(v, UNKNOWN_ID) if v.__class__ is direct else one(v) for v, (direct, get, one) in read]
-            numbers = [1.0] * len(found)
-            self._numbers.add(row, found, numbers)
-            ids.append(found)
-            values.append(numbers)
-        own = np.array(ids, dtype=np.int64).reshape(len(rows), -1)
-        return Encoded(own, np.array(values, dtype=np.float32).reshape(own.shape) if self.spec.has_values else None)
+        ids = [self._ids(row) for row in rows]
+        if not self.spec.numbers:
+            return Encoded(np.array(ids, dtype=np.int64), None)
+        x = self._numbers.rows(rows)
+        scaled = self._numbers.scaled(x)
+        if scaled is None:
+            return self._with_numbers(np.array(ids, dtype=np.int64).reshape(len(rows), -1), self._numbers.coded(x))
+        whole = np.array([found + self._number_ids for found in ids], dtype=np.int64)
+        values = np.ones(whole.shape, dtype=np.float32)
+        values[:, -x.shape[1] :] = scaled
+        return Encoded(whole, values)
+
+    def _ids(self, row: Row) -> list[int]:
+        """The ids of one row; few steps of Python, for each of them costs as much as several values."""
+        values = self._take(row)
+        if not _PLAIN.issuperset(map(type, values)):
+            return [one(v) for v, (_, one) in zip(values, self._singles, strict=True)]
+        ids = list(map(dict.get, self._found, values, repeat(_MISSED)))
+        if _MISSED in ids:
+            read = zip(ids, values, self._singles, strict=True)
+            ids = [i if i >= 0 else UNKNOWN_ID if v.__class__ is direct else one(v) for i, v, (direct, one) in read]
+        return ids
 
     def _columns(self, columns: Mapping[str, Sequence[Any]], readers: Mapping[str, IdReader], rows: int) -> Encoded:
         ids = np.empty((rows, len(self.spec.ids)), dtype=np.int64)
@@ -136,7 +153,7 @@ class RowEncoder:
         read = self._numbers.many([columns[number.column] for number in self.spec.numbers], rows)
         return self._with_numbers(ids, read, lists)
 
-    def _with_numbers(self, ids: Ids, read: tuple[Ids, Any], lists: tuple[tuple[Ids, Ids], ...] = ()) -> Encoded:
+    def _with_numbers(self, ids: Ids, read: tuple[Ids, Floats], lists: tuple[tuple[Ids, Ids], ...] = ()) -> Encoded:
         number_ids, numbers = read
         whole = np.concatenate([ids, number_ids], axis=1)
         if not self.spec.has_values:
@@ -178,67 +195,66 @@ class _Numbers:
         self._columns = columns
         self._readers = [(c.column, NumberReader(c)) for c in columns]
         self._take = _taker([c.column for c in columns])
-        self._singles = [(r.plain, r.one) for _, r in self._readers]
-        self._scales = [
-            (c.transform == "log", c.mean, c.scale, c.bounds if c.transform == "quantile" else None) for c in columns
-        ]
+        self._ones = [reader.one for _, reader in self._readers]
+        self._all_plain = all(reader.plain for _, reader in self._readers)
         self._log = np.array([c.transform == "log" for c in columns], dtype=bool)
         self._any_log, self._all_log = bool(self._log.any()), bool(self._log.all())
         self._mean = np.array([c.mean for c in columns], dtype=np.float64)
         self._scale = np.array([c.scale for c in columns], dtype=np.float64)
-        self._buckets = [(f, c.bounds) for f, c in enumerate(columns) if c.transform == "quantile"]
+        self._buckets = [
+            (f, np.asarray(c.bounds, np.float64)) for f, c in enumerate(columns) if c.transform == "quantile"
+        ]
+        usual = np.abs(self._mean).max(initial=0) <= _USUAL and np.abs(self._scale).min(initial=1) >= 1 / _USUAL
+        self._modest = bool(usual) and not self._buckets
 
-    def add(self, row: Row, ids: list[int], values: list[float]) -> None:
-        """Read one row, and append to the lists of its ids and values.
+    def rows(self, rows: Sequence[Row]) -> Floats:
+        """Read rows, `[B, N]`, NaN where missing.
 
         Raises:
             KeyError, ValueError: as `RowEncoder._singly`.
         """
-        read = zip(self._take(row), self._singles, strict=True)
-        numbers: list[float] = [
-            v if plain and v.__class__ is float and -LARGEST <= v <= LARGEST else one(v) for v, (plain, one) in read
-        ]
-        # Of an array, because the logarithm of `math` differs in the last digit.
-        logs: list[float] = np.log1p(np.abs(np.array(numbers, np.float64))).tolist() if self._any_log else numbers
-        for x, log, (is_log, mean, scale, bounds) in zip(numbers, logs, self._scales, strict=True):
-            if x != x:  # NaN
-                ids.append(NULL_ID)
-                values.append(1.0)
-            elif bounds is not None:
-                ids.append(bisect_right(bounds, x) + FIRST_ID)
-                values.append(1.0)
-            else:
-                y = x if not is_log else log if x >= 0 else -log
-                scaled = (y - mean) / scale
-                ids.append(NUMERIC_VALUE_ID)
-                values.append(min(max(scaled, -LARGEST), LARGEST))
+        taken = [self._take(row) for row in rows]
+        x = plain_numbers(taken, chain.from_iterable(taken)) if self._all_plain else None
+        if x is not None:
+            return x
+        return np.array([[one(v) for v, one in zip(values, self._ones, strict=True)] for values in taken])
 
-    def many(self, columns: Sequence[Sequence[Any]], rows: int) -> tuple[Ids, npt.NDArray[np.float32]]:
+    def many(self, columns: Sequence[Sequence[Any]], rows: int) -> tuple[Ids, Floats]:
         """Columns, each `[B]`, to `ids [B, N], values [B, N]`."""
         x = np.empty((rows, len(columns)), dtype=np.float64)
         for f, ((name, reader), column) in enumerate(zip(self._readers, columns, strict=True)):
             x[:, f] = _read(reader, column, name)
-        ids, values = self._scaled(x)
+        return self.coded(x)
+
+    def coded(self, x: Floats) -> tuple[Ids, Floats]:
+        """`[B, N]`, NaN where missing, to `ids [B, N], values [B, N]`."""
+        ids = np.full(x.shape, NUMERIC_VALUE_ID, dtype=np.int64)
+        missing = ~(np.abs(x) <= LARGEST)  # NaN too
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self._standardised(x)
+        np.minimum(values, LARGEST, out=values)
+        np.maximum(values, -LARGEST, out=values)
+        values[missing] = 1.0
+        ids[missing] = NULL_ID
         for f, bounds in self._buckets:
-            bucket = np.searchsorted(np.asarray(bounds, np.float64), x[:, f], side="right") + FIRST_ID
-            ids[:, f] = np.where(np.isnan(x[:, f]), NULL_ID, bucket)
+            bucket = np.searchsorted(bounds, x[:, f], side="right") + FIRST_ID
+            ids[:, f] = np.where(missing[:, f], NULL_ID, bucket)
             values[:, f] = 1.0
         return ids, values
 
-    def _scaled(self, x: Floats) -> tuple[Ids, npt.NDArray[np.float32]]:
+    def scaled(self, x: Floats) -> Floats | None:
+        """The values of numbers `[B, N]` that are all there and of a usual size, in few steps; else None."""
+        # One number says it of all: a NaN makes it one, and what is far too large makes it large.
+        return self._standardised(x) if self._modest and np.vdot(x, x) <= _USUAL**2 else None
+
+    def _standardised(self, x: Floats) -> Floats:
         y = x
         if self._any_log:
-            log = np.sign(x) * np.log1p(np.abs(x))
+            log = np.log1p(np.abs(x))
+            np.copysign(log, x, out=log)
             y = log if self._all_log else np.where(self._log, log, x)
-        with np.errstate(over="ignore"):
-            scaled = (y - self._mean) / self._scale
-        np.minimum(scaled, LARGEST, out=scaled)
-        np.maximum(scaled, -LARGEST, out=scaled)
-        missing = x != x  # NaN
-        scaled[missing] = 1.0
-        ids = np.full(x.shape, NUMERIC_VALUE_ID, dtype=np.int64)
-        ids[missing] = NULL_ID
-        return ids, scaled.astype(np.float32)
+        scaled: Floats = (y - self._mean) / self._scale
+        return scaled
 
 
 def _taker(columns: Sequence[str]) -> Callable[[Row], tuple[Any, ...]]:

@@ -230,7 +230,7 @@ def load(
     return predictor
 
 
-def tables_of(bundle: Bundle, spec: EncoderSpec) -> dict[str, Mapping[Any, int] | None]:
+def tables_of(bundle: Bundle, spec: EncoderSpec) -> dict[str, dict[Any, int] | None]:
     """Return vocabulary → value → id; None for hash buckets.
 
     Raises:
@@ -239,7 +239,7 @@ def tables_of(bundle: Bundle, spec: EncoderSpec) -> dict[str, Mapping[Any, int] 
     return {name: _table(bundle, name, vocabulary) for name, vocabulary in spec.vocabularies.items()}
 
 
-def _table(bundle: Bundle, name: str, vocabulary: Vocabulary) -> Mapping[Any, int] | None:
+def _table(bundle: Bundle, name: str, vocabulary: Vocabulary) -> dict[Any, int] | None:
     """Value → id, or None for hash buckets."""
     if vocabulary.file is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -33,6 +33,7 @@ _RANGES = {"int": (-(2**63), 2**63), "uint": (0, 2**64)}
 _SEARCHED = 32
 """From so many values on, a search in a sorted array is faster than one look into a dict after another."""
 _NAN = float("nan")
+_NUMBERS: frozenset[type] = frozenset((float, int, type(None)))
 
 
 def normalize(text: str, steps: Sequence[str]) -> str:
@@ -107,7 +108,7 @@ class IdReader:
         self,
         column: IdColumn,
         vocabulary: Vocabulary,
-        table: Mapping[Any, int] | None,
+        table: dict[Any, int] | None,
         exact: float = EXACT_DOUBLE,
     ) -> None:
         self._kind = vocabulary.kind
@@ -120,12 +121,11 @@ class IdReader:
         text = self._kind == "text"
         direct = table is not None and not (text and self._steps) and not self._tokens.rounds
         self.direct: type = (str if text else int) if direct else _Never
-        """Values of exactly this class are looked up in `table` as they are."""
-        self.table: Mapping[Any, int] = self._with_tokens() if direct else {}
-        self.get = self.table.get
+        """Values of exactly this class are in `table`, or unknown."""
+        self.table: dict[Any, int] = self._with_tokens() if direct else {}
         self._sorted = None if text or not direct else _Sorted(self.table, self._kind)
 
-    def _with_tokens(self) -> Mapping[Any, int]:
+    def _with_tokens(self) -> dict[Any, int]:
         """The table with the values that mean missing; the same object where there are none."""
         table = self._table or {}
         if self._kind == "text":
@@ -144,7 +144,7 @@ class IdReader:
             found_ids = self._sorted.find(values)
             if found_ids is not None:
                 return found_ids
-        get, direct, one = self.get, self.direct, self.one
+        get, direct, one = self.table.get, self.direct, self.one
         found = [get(v, UNKNOWN_ID) if v.__class__ is direct else one(v) for v in values]
         return np.array(found, dtype=np.int64)
 
@@ -242,8 +242,8 @@ class NumberReader:
         Raises:
             ValueError: a value that is no number.
         """
-        if self.plain and set(map(type, values)) <= {float, type(None)}:
-            x = np.array(values, dtype=np.float64)
+        x = plain_numbers(values, values) if self.plain else None
+        if x is not None:
             x[~(np.abs(x) <= LARGEST)] = np.nan
             return x
         return np.array([self.one(v) for v in values], dtype=np.float64)
@@ -278,6 +278,21 @@ class NumberReader:
         if self._lenient:
             return _NAN
         raise ValueError(f"{shown(raw)} is no number")
+
+
+def plain_numbers(values: Sequence[Any], each: Iterable[Any]) -> Floats | None:
+    """Numbers and nulls as float64, NaN where missing; None where they have to be looked at one by one.
+
+    Args:
+        values: `[n]`, or rows of the same length.
+        each: all of the values.
+    """
+    if not _NUMBERS.issuperset(map(type, each)):
+        return None
+    try:
+        return np.array(values, dtype=np.float64)
+    except OverflowError:
+        return None
 
 
 def shown(value: Any, limit: int = 60) -> str:

@@ -191,6 +191,7 @@ class Slots(nn.Module):
         self.own: Tensor
         self.limit: Tensor
         self.same = all(block == own for block, own in where)
+        self.in_order = all(block < 0 for block, _ in where)  # what is kept comes first everywhere
         tables = {"block": [b for b, _ in where], "own": [o for _, o in where], "limit": list(limits)}
         for name, values in tables.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
@@ -198,6 +199,8 @@ class Slots(nn.Module):
     def forward(self, ids: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """`[..., C] -> slot [..., C], guarded ids [..., C]`."""
         safe: Tensor = self.guard(ids)
+        if self.in_order:
+            return torch.where(safe < self.limit, safe, -1), safe
         mapped, bit = self.block >= 0, safe & 63
         words, before = self._read(slots, torch.where(mapped, self.block + (safe >> 6), 0)).unbind(-1)
         own = words if self.same else self._read(slots, torch.where(mapped, self.own + (safe >> 6), 0))[..., 0]
