@@ -60,7 +60,7 @@ class Graph(nn.Module):
             histories[history.name] = (self.guards[i](events), length.clamp(0, longest))
         logits = self.model.logits(self.guard(ids), values, histories)
         logit = torch.stack([logits[task] for task in schema.tasks], 1)  # [B, T]
-        return logit, logit.sigmoid(), clipped
+        return logit, logit.double().sigmoid().float(), clipped  # runtimes approximate the sigmoid of float32
 
 
 def input_names(schema: EncodedSchema) -> list[str]:
@@ -77,13 +77,24 @@ def onnx_graph(model: Model) -> bytes:
     Raises:
         RecipeError: a part cannot be exported, or the graph would be too large.
     """
+    program = program_of(model)
+    with torch.no_grad(), _quietly():
+        return _bytes(program, input_names(model.schema), OUTPUTS)
+
+
+def program_of(model: Model) -> ExportedProgram:
+    """Return the `Graph` of a model on the CPU, traced for any number of rows; the model stays as it is.
+
+    Raises:
+        RecipeError: a part cannot be exported.
+    """
     device = next(model.parameters()).device
     graph = Graph(model if device.type == "cpu" else copy.deepcopy(model).cpu())
     was_training = graph.model.training
     graph.eval()
     try:
         with torch.no_grad(), _quietly():
-            return _bytes(_exported(graph, model.schema), input_names(model.schema), OUTPUTS)
+            return _exported(graph, model.schema)
     finally:
         graph.model.train(was_training)
 

@@ -96,10 +96,12 @@ def _projected(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
     """`[B, H_i], [T, Σ H_i] -> [B, T]`."""
     if not torch.compiler.is_exporting():
         return nn.functional.linear(torch.cat(list(parts), 1), weight)
-    # A graph need not write them side by side. Slices: it can fold those of a constant.
+    # A graph need not write them side by side. Slices: it can fold those of a constant. In double precision, for
+    # runtimes add up a single column one by one, and the terms, which cancel, are the largest numbers of a model.
     ends = itertools.accumulate(part.shape[1] for part in parts)
-    logits = [nn.functional.linear(p, weight[:, end - p.shape[1] : end]) for p, end in zip(parts, ends, strict=True)]
-    return functools.reduce(torch.add, logits)
+    slices = [weight[:, end - p.shape[1] : end] for p, end in zip(parts, ends, strict=True)]
+    logits = [nn.functional.linear(p.double(), w.double()) for p, w in zip(parts, slices, strict=True)]
+    return functools.reduce(torch.add, logits).to(weight.dtype)
 
 
 def first_order(schema: EncodedSchema, outputs: int = 1) -> Table:

@@ -47,8 +47,6 @@ def names(kind: str) -> list[str]:
 
 
 CASES = [f"{kind} {name}" for kind in ("embedding", "interaction", "selector", "sequence") for name in names(kind)]
-LOOSE = ("interaction afn", "interaction afn_plus")
-"""Components whose powers and products single precision holds less closely than 1e-6, in training as in a graph."""
 
 
 def recipe(kind: str, name: str) -> dict[str, Any]:

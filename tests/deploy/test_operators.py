@@ -1,12 +1,19 @@
 """What is written into a graph in place of the exporter's own operators gives what torch gives."""
 
+import math
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from torch import Tensor
 
+from recsys.contracts import EncodedSchema, Field, Interaction
 from recsys.deploy.operators import translations
 from recsys.nn.bits import count_below, count_bits
+from recsys.nn.head import Head
 
 WHOLE = torch.tensor([0, 1, -1, 5, -7, 2**63 - 1, -(2**63), 2**40, -(2**40) + 3])
 COUNTS = torch.tensor([0, 1, 2, 3, 63, 62, 61, 5, 7])
@@ -51,3 +58,34 @@ def test_extremes_over_some_and_over_all_dimensions() -> None:
 def test_choices_between_truth_values_and_between_numbers() -> None:
     random = torch.Generator().manual_seed(2)
     same(Choices(), torch.randn(4, 5, generator=random), torch.randn(4, 5, generator=random))
+
+
+class Projected(torch.nn.Module):
+    """The head over representations whose terms are large, and cancel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        schema = EncodedSchema((Field("a", 3),), tasks=("click",))
+        self.head = Head(schema, [cast("Interaction", SimpleNamespace(width=width, is_logit=False))])
+
+    def forward(self, h: Tensor) -> Tensor:
+        ids = torch.zeros(h.shape[0], 1, dtype=torch.int64)
+        return cast("Tensor", self.head([h], ids, None)["click"])
+
+
+def test_a_graph_adds_up_terms_that_cancel_as_if_they_were_exact() -> None:
+    random = torch.Generator().manual_seed(3)
+    head = Projected(300).eval()
+    h = 100 * torch.rand(64, 300, generator=random)
+    with torch.no_grad():
+        head.head.weight.copy_(torch.randn(1, 300, generator=random))  # type: ignore[union-attr]
+    found = torch.onnx.export(
+        head, (h,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    assert found is not None
+    session = onnxruntime.InferenceSession(found.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: h.numpy()})
+    weight = head.head.weight.tolist()[0]  # type: ignore[union-attr]
+    for one, row in zip(got.tolist(), h.tolist(), strict=True):
+        wanted = math.fsum(a * b for a, b in zip(row, weight, strict=True))
+        assert one == pytest.approx(wanted, rel=7e-8)  # half a unit in the last place

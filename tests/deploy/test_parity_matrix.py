@@ -15,8 +15,8 @@ import triton_server
 from serving import JSON, Server
 
 from recsys.data.encode import Encoder
-from recsys.deploy.calibration import Calibration
-from recsys.deploy.golden import batch_of, logits_of, rounding
+from recsys.deploy.calibration import Calibration, sigmoid
+from recsys.deploy.golden import batch_of, exact_logits, logits_of
 from recsys.deploy.predictor import load
 from recsys.deploy.raw_graph import RawGraphs
 from recsys.deploy.raw_rows import RawRows
@@ -125,21 +125,28 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in row.items()}
 
 
-def compare(ways: Ways, name: str, encoder: Encoder, model: Model, rows: int, loose: bool = False) -> None:
-    """Every way gives the trainer's scores within 1e-6; of `loose` ones within thrice what rounding does to them."""
+def compare(ways: Ways, name: str, encoder: Encoder, model: Model, rows: int) -> None:
+    """Every way gives the trainer's scores within 1e-6, or else is no further from the exact ones than the trainer is.
+
+    For single precision itself does not hold the scores of some models as closely as 1e-6, in training as in a graph.
+    """
     frame = logs(rows, seed=4).select(load(ways.folder / name).columns)
     (block,) = encoder.transform(frame.lazy(), labels=False)
     batch = batch_of(encoder, block)
     trainer = Calibration.none(model.schema.tasks).probabilities(logits_of(model, batch))
-    bound = 3 * rounding(model, batch).max() if loose else 1e-6
-    assert bound < 1e-5
+    exact = exact_logits(model, batch) or {}
     scores = ways.scores(name, frame)
     for task in model.schema.tasks:
         assert np.ptp(trainer[task]) > (0.02 if name in RECIPES else 1e-3)
         assert len(np.unique(trainer[task])) > (0.5 if name in RECIPES else 0.05) * rows
         for way, scored in scores.items():
             gap = np.abs(scored[task] - trainer[task]).max()
-            assert gap <= bound, (name, task, way, gap)
+            assert gap <= 1e-6 or _as_exact(scored[task], trainer[task], exact[task]), (name, task, way, gap)
+
+
+def _as_exact(scored: Any, trainer: Any, exact: Any) -> bool:
+    wanted = sigmoid(exact)
+    return bool(np.abs(scored - wanted).max() <= np.abs(trainer - wanted).max() < 5e-6)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -176,4 +183,4 @@ def test_every_way_to_score_every_component(ways: Ways, case: str) -> None:
     model = parity.trained(encoder, data, block)
     name = case.replace(" ", "_")
     made.write_model(ways.folder / name, encoder, model, data, block)
-    compare(ways, name, encoder, model, ROWS, case in parity.LOOSE)
+    compare(ways, name, encoder, model, ROWS)
