@@ -251,13 +251,33 @@ def _by_kernel(e: Tensor, weight: Tensor, bias: Tensor | None, sizes: AttentionS
 
 def _by_parts(e: Tensor, weight: Tensor, bias: Tensor | None, sizes: AttentionSizes) -> Tensor:
     """What `_by_kernel` gives, each part of each head projected alone: a graph need not cut or turn it afterwards."""
+    head, last = sizes.width // sizes.heads, 3 * sizes.width
+    if bias is None and e.shape[2] < head:
+        return _by_narrow_parts(e, weight, sizes)
 
     def part(first: int, width: int) -> Tensor:
         own = slice(first, first + width)
         return _projected(e, weight[own], None if bias is None else bias[own])
 
-    head, last = sizes.width // sizes.heads, 3 * sizes.width
     q, k, v = ([part(p * sizes.width + h * head, head) for h in range(sizes.heads)] for p in range(3))
     shares = [torch.softmax(q * sizes.scale @ k.mT, -1) for q, k in zip(q, k, strict=True)]
     mixed = torch.cat([s @ v for s, v in zip(shares, v, strict=True)], 2)
     return mixed if len(weight) == last else mixed + part(last, sizes.width)
+
+
+def _by_narrow_parts(e: Tensor, weight: Tensor, sizes: AttentionSizes) -> Tensor:
+    """The same for vectors narrower than a head, which are projected last, all at once.
+
+    (e W_Q) (e W_K)ᵀ = e (W_Q W_Kᵀ) eᵀ and P (e W_V) = (P e) W_V; products of weights a runtime takes once.
+    """
+    head, dim, heads = sizes.width // sizes.heads, e.shape[2], range(sizes.heads)
+
+    def part(p: int, h: int) -> Tensor:
+        return weight[p * sizes.width + h * head : p * sizes.width + (h + 1) * head]
+
+    inner = [sizes.scale * part(0, h).t() @ part(1, h) for h in heads]
+    mixed = [torch.softmax(e @ w @ e.mT, -1) @ e for w in inner]
+    last = torch.cat([F.pad(part(2, h), (h * dim, (sizes.heads - 1 - h) * dim)) for h in heads])  # [width, heads · D]
+    if len(weight) > 3 * sizes.width:
+        mixed, last = [*mixed, e], torch.cat([last, weight[3 * sizes.width :]], 1)
+    return F.linear(torch.cat(mixed, 2), last)

@@ -148,7 +148,7 @@ def speeds(folder: Path, model: Model, sample: Batch, frame: pl.DataFrame, round
         taken = in_turn(
             {
                 "eager": eager,
-                "graph": lambda feeds=feeds: predictor._session.run(["logit", "clipped"], feeds),
+                "graph": lambda feeds=feeds, count=count: predictor._run(feeds, count),
             },
             rounds if count == 1 else max(rounds // 10, 10),
         )
