@@ -92,6 +92,10 @@ class Head(nn.Module):
         return {} if self.wide is None else {"wide.weight": self.wide.weight}
 
 
+WIDE = 512
+"""From so many numbers on, an exported graph would take long to turn all of them into double precision."""
+
+
 def _projected(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
     """`[B, H_i], [T, Σ H_i] -> [B, T]`."""
     if not torch.compiler.is_exporting():
@@ -100,8 +104,15 @@ def _projected(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
     # runtimes add up a single column one by one, and the terms, which cancel, are the largest numbers of a model.
     ends = itertools.accumulate(part.shape[1] for part in parts)
     slices = [weight[:, end - p.shape[1] : end] for p, end in zip(parts, ends, strict=True)]
-    logits = [nn.functional.linear(p.double(), w.double()) for p, w in zip(parts, slices, strict=True)]
+    logits = [_exactly(p, w) for p, w in zip(parts, slices, strict=True)]
     return functools.reduce(torch.add, logits).to(weight.dtype)
+
+
+def _exactly(part: Tensor, weight: Tensor) -> Tensor:
+    """`[B, H], [T, H] -> [B, T]` in double precision; of one task and many numbers, the sums of each 64 of them."""
+    if len(weight) > 1 or part.shape[1] < WIDE or part.shape[1] % 64:
+        return nn.functional.linear(part.double(), weight.double())
+    return (part * weight).view(part.shape[0], -1, 64).sum(2).double().sum(1, keepdim=True)
 
 
 def first_order(schema: EncodedSchema, outputs: int = 1) -> Table:

@@ -6,7 +6,6 @@ from typing import cast
 
 import numpy as np
 import onnxruntime
-import pytest
 import torch
 from torch import Tensor
 
@@ -73,19 +72,30 @@ class Projected(torch.nn.Module):
         return cast("Tensor", self.head([h], ids, None)["click"])
 
 
-def test_a_graph_adds_up_terms_that_cancel_as_if_they_were_exact() -> None:
+def added_up(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a graph makes of large terms of both signs, their exact sums, and those of adding one after the other."""
     random = torch.Generator().manual_seed(3)
-    head = Projected(300).eval()
-    h = 100 * torch.rand(64, 300, generator=random)
+    head = Projected(width).eval()
+    h = 100 * torch.rand(64, width, generator=random)
     with torch.no_grad():
-        head.head.weight.copy_(torch.randn(1, 300, generator=random))  # type: ignore[union-attr]
+        head.head.weight.copy_(torch.randn(1, width, generator=random))  # type: ignore[union-attr]
     found = torch.onnx.export(
         head, (h,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
     assert found is not None
     session = onnxruntime.InferenceSession(found.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: h.numpy()})
-    weight = head.head.weight.tolist()[0]  # type: ignore[union-attr]
-    for one, row in zip(got.tolist(), h.tolist(), strict=True):
-        wanted = math.fsum(a * b for a, b in zip(row, weight, strict=True))
-        assert one == pytest.approx(wanted, rel=7e-8)  # half a unit in the last place
+    weight = head.head.weight.detach().numpy()[0]  # type: ignore[union-attr]
+    exact = [math.fsum(a * b for a, b in zip(row, weight.tolist(), strict=True)) for row in h.tolist()]
+    in_turn = (h.numpy() * weight).cumsum(1, dtype=np.float32)[:, -1]
+    return got.astype(np.float64), np.array(exact), in_turn.astype(np.float64)
+
+
+def test_a_graph_adds_up_terms_that_cancel_as_if_they_were_exact() -> None:
+    got, exact, _ = added_up(300)
+    np.testing.assert_allclose(got, exact, rtol=7e-8)  # half a unit in the last place
+
+
+def test_of_very_many_terms_a_graph_adds_up_only_a_few_in_single_precision() -> None:
+    got, exact, in_turn = added_up(2560)
+    assert np.abs(got - exact).max() < 0.2 * np.abs(in_turn - exact).max()
