@@ -40,6 +40,8 @@ def command(
     opened = open_bundle(folder, trust_code=trust_code, key=key)
     console.print(f"{folder}: {opened.id}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(opened.manifest['files'])} files are those that were written", highlight=False)
+    for name in opened.manifest["executable"] or ():
+        console.print(f"{name} is a program; nothing loads it unless told to", highlight=False, markup=False)
     if key is not None:
         console.print("the manifest is signed by the key")
     predictor = Predictor(opened, threads=threads)

@@ -10,8 +10,10 @@
     golden/            rows, and the scores that they must get
     warmup.jsonl       rows to run before the first request
     model_card.json, model_card.md, recipe.json, SBOM.cdx.json
+    aot/model.pt2      only where it was asked for: the graph as native code
 
-Everything is JSON, text, ONNX or safetensors; nothing in it is code, and no file is read before its hash is known.
+Everything is JSON, text, ONNX or safetensors; nothing in it is code, and no file is read before its hash is known. The
+one exception is marked as executable in the manifest, and is loaded by nobody but `recsys.deploy.aot`, if told to.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ COLUMNS = "schema.json"
 CALIBRATION = "calibration.json"
 REQUESTS, RESPONSES = "golden/requests.jsonl", "golden/responses.jsonl"
 WARMUP = "warmup.jsonl"
+COMPILED = "aot/model.pt2"
+"""The one file that may hold code, where the manifest marks it as executable."""
 NEEDED = (GRAPH, WEIGHTS, ENCODER, COLUMNS, CALIBRATION, REQUESTS, RESPONSES, WARMUP)
 """What every bundle has."""
 
@@ -127,8 +131,7 @@ def open_bundle(folder: Path, *, trust_code: bool = False, key: bytes | None = N
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        near = did_you_mean(folder.name, [path.parent.name for path in folder.absolute().parent.glob(f"*/{MANIFEST}")])
-        raise BundleError(f"{folder}: no such folder.{if_file(folder) or near}")
+        raise BundleError(f"{folder}: no such folder.{if_file(folder) or _near(folder.absolute())}")
     found = _regular_files(folder)
     if MANIFEST not in found:
         raise BundleError(f"{path}: missing; this is no bundle")
@@ -143,13 +146,30 @@ def open_bundle(folder: Path, *, trust_code: bool = False, key: bytes | None = N
     for name in sorted(NEEDED):
         if name not in files:
             raise BundleError(f"{path}: does not list {name}")
+    marked = manifest["executable"] or {}
+    for name in sorted(set(marked) - set(files)):
+        raise BundleError(f"{path}: marks {name} as executable, but does not list it")
     for name in sorted(files):
-        _check_kind(folder / name, trust_code)
+        _check_kind(folder / name, trust_code or name in marked)
         size, digest = _digest(folder / name)
         _compare(folder / name, files[name], size, digest)
     bundle = Bundle(folder, manifest)
     check_graph(bundle.read(GRAPH), str(folder / GRAPH))
     return bundle
+
+
+def _near(folder: Path) -> str:
+    """Say what the folder may have been meant to be, or the first of those above it that does not exist."""
+    if folder.parent.is_dir():
+        return did_you_mean(folder.name, [path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}")])
+    missing = folder.parent
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    try:
+        known = [path.name for path in missing.parent.iterdir() if path.is_dir()]
+    except OSError:  # it may not be looked into
+        known = []
+    return f" There is no folder '{missing.name}' in {missing.parent}.{did_you_mean(missing.name, known)}"
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
@@ -182,8 +202,9 @@ def _manifest(path: Path) -> Mapping[str, Any]:
         raise BundleError(f"{path}: not a bundle's manifest")
     if body.get("schema") != SCHEMA:
         raise BundleError(f"{path}: schema version {body.get('schema')!r}; this version of recsys reads {SCHEMA}")
-    if body.get("executable") is not False:
-        raise BundleError(f"{path}: says that the bundle holds code (`executable` is not false)")
+    marked = body.get("executable")
+    if marked is not False and not (isinstance(marked, dict) and set(marked) == {COMPILED}):
+        raise BundleError(f"{path}: says that the bundle holds code (`executable`) other than {COMPILED}")
     wanted = seal(body)
     if content != wanted:
         stated, real = str(body.get("bundle")), json.loads(wanted)["bundle"]

@@ -43,6 +43,9 @@ class Export:
         exporters: further formats to write, each into its own folder: names of exporters, or `{use: NAME, …}`.
         bundle: whether to write the bundle; by default where it can be written, with a warning where it cannot. Where
             it is asked for, that is an error.
+        aot: add the graph as native code to the bundle (`aot/model.pt2`), by AOTInductor for this kind of machine. It
+            needs a C++ compiler here; the manifest marks it as executable, and only `recsys.deploy.aot.load` with
+            `allow_executable=True` ever runs it, where torch is.
     """
 
     name = "export"
@@ -52,9 +55,13 @@ class Export:
         *,
         exporters: tuple[Annotated[str | dict[str, Any], Named("exporter")], ...] = (),
         bundle: bool | None = None,
+        aot: bool = False,
     ) -> None:
+        if aot and bundle is False:
+            raise RecipeError("aot: native code is a part of the bundle, and `bundle: false` leaves that out")
         self.exporters = exporters
-        self.bundle = bundle
+        self.bundle = True if aot else bundle
+        self.aot = aot
 
     def run(self, run: Run) -> None:
         """Write the folders `export` and `bundle` of the run.
@@ -84,7 +91,7 @@ class Export:
             with replacing(final) as folder:
                 folder.mkdir()
                 sample = run.split("train").gather(rows)
-                gap = write_bundle(folder, encoder, model, sample, _facts(run), _calibration(run))
+                gap = write_bundle(folder, encoder, model, sample, _facts(run), _calibration(run), compiled=self.aot)
         except RecsysError as error:
             if self.bundle:
                 raise RecipeError(f"{run.stage}: bundle: {error}") from error

@@ -11,6 +11,7 @@ gives the answers it was exported with is returned.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 OUTPUTS = ("logit", "clipped")
 """What is asked of the graph: probabilities are computed from logits in double precision."""
+Run = Callable[[Mapping[str, npt.NDArray[Any]]], Sequence[npt.NDArray[Any]]]
+"""Name of an input → array, to logit `[B, T]` float32 and clipped `[B]` int64."""
 _CHUNK = 4096
 """Rows scored at once, at most; bounds the memory of a large frame."""
 _RUN = 128
@@ -86,6 +89,13 @@ class Predictor:
         self._session = _session(bundle.read(GRAPH), threads, bundle.folder / GRAPH)
         self._inputs = self._graph_inputs()
         self._rows = _RUN * max(threads, 1)
+        self._logits: Run = lambda feeds: self._session.run(OUTPUTS, feeds)
+
+    def through(self, run: Run) -> Predictor:
+        """Return a predictor of the same bundle that asks something else than its graph for logits."""
+        other = copy.copy(self)
+        other._logits = run
+        return other
 
     @property
     def id(self) -> str:
@@ -101,6 +111,11 @@ class Predictor:
     def columns(self) -> tuple[str, ...]:
         """Names that every row must have; a value may be null."""
         return self.spec.columns
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in the order of what is encoded."""
+        return tuple(self._inputs)
 
     @property
     def schema(self) -> Mapping[str, Any]:
@@ -166,10 +181,9 @@ class Predictor:
     def _run(self, feeds: Mapping[str, npt.NDArray[Any]], rows: int) -> Sequence[npt.NDArray[Any]]:
         """Logits and clipped ids of all rows, some at a time."""
         if rows <= self._rows:
-            found: Sequence[npt.NDArray[Any]] = self._session.run(OUTPUTS, feeds)
-            return found
+            return self._logits(feeds)
         starts = range(0, rows, self._rows)
-        runs = [self._session.run(OUTPUTS, {n: v[at : at + self._rows] for n, v in feeds.items()}) for at in starts]
+        runs = [self._logits({n: v[at : at + self._rows] for n, v in feeds.items()}) for at in starts]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
     def warm_up(self) -> None:

@@ -16,11 +16,12 @@ from recsys.contracts import Batch
 from recsys.data.encode import Encoder
 from recsys.data.schema import Categorical
 from recsys.data.vocabulary import Vocabulary as Learned
+from recsys.deploy import aot, golden
 from recsys.deploy import bundle as files
-from recsys.deploy import golden
 from recsys.deploy.calibration import Calibration
 from recsys.deploy.card import card, card_text, components
 from recsys.deploy.columns import describe, describe_scores
+from recsys.deploy.compile import compile_graph
 from recsys.deploy.graph import input_names, onnx_graph
 from recsys.deploy.predictor import load
 from recsys.deploy.spec import EncoderSpec, IdColumn, ListGroup, NumberColumn, Vocabulary
@@ -52,7 +53,14 @@ class Facts:
 
 
 def write_bundle(
-    folder: Path, encoder: Encoder, model: Model, sample: Batch, facts: Facts, calibration: Calibration | None = None
+    folder: Path,
+    encoder: Encoder,
+    model: Model,
+    sample: Batch,
+    facts: Facts,
+    calibration: Calibration | None = None,
+    *,
+    compiled: bool = False,
 ) -> float:
     """Write a bundle into an empty folder, load it, and let it answer its golden rows.
 
@@ -63,12 +71,14 @@ def write_bundle(
         sample: encoded training rows, for what the columns look like.
         facts: that the bundle tells.
         calibration: how logits become probabilities; by default as they are.
+        compiled: add the graph as native code, which the manifest marks as executable.
 
     Returns:
         The largest difference between a probability of the bundle and one of the training code, over the golden rows.
 
     Raises:
-        RecipeError: the model or its inputs have no form outside of training.
+        RecipeError: the model or its inputs have no form outside of training; or native code is asked for, and there is
+            no compiler.
         BundleError: the bundle answers otherwise than the training code.
     """
     if encoder.config.noise_inputs():
@@ -107,8 +117,11 @@ def write_bundle(
     }
     tolerance = max(TOLERANCE, 4 * rounded)
     curves_by_task = {task: curve.method for task, curve in curves.curves.items()}
-    _seal(folder, {**told, "signature": signature, "tolerance": tolerance, "calibration": curves_by_task})
-    return load(folder).check_golden()
+    body = {**told, "signature": signature, "tolerance": tolerance, "calibration": curves_by_task}
+    executable = {files.COMPILED: compile_graph(folder / files.COMPILED, model)} if compiled else False
+    _seal(folder, {"executable": executable, **body})
+    gap = load(folder).check_golden()
+    return max(gap, aot.load(folder, allow_executable=True).check_golden()) if compiled else gap
 
 
 def spec_of(encoder: Encoder) -> EncoderSpec:
@@ -196,7 +209,7 @@ def _seal(folder: Path, body: Mapping[str, Any]) -> None:
     entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in found
     }
-    facts = {"schema": files.SCHEMA, "executable": False, "files": entries, **body}
+    facts = {"schema": files.SCHEMA, "files": entries, **body}
     (folder / files.MANIFEST).write_bytes(files.seal(facts))
 
 

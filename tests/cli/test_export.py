@@ -1,6 +1,7 @@
 """What a run exports: the same scores from raw values, kept values first, and nothing that was altered."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -272,3 +273,21 @@ def test_scoring_takes_less_memory_by_what_was_pruned(recsys, tmp_path):
     saved = tables[0] - tables[1]
     assert saved > 180e6
     assert peaks[0] - peaks[1] > 0.8 * saved
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_run_exports_native_code_which_gives_the_scores_of_its_bundle(recsys, tmp_path):
+    from recsys.deploy import aot, predictor
+
+    run = tmp_path / "run"
+    recsys("train", "quickstart", *SMALL, "stages=[{use: fit}, {use: export, aot: true}]", "--out", run)
+    plain, fast = predictor.load(run / "bundle"), aot.load(run / "bundle", allow_executable=True)
+    rows = pl.read_parquet(logs(tmp_path))
+    wanted, found = plain.predict(rows).probability, fast.predict(rows).probability
+    assert wanted
+    for task, p in wanted.items():
+        assert abs(p - found[task]).max() <= 1e-6
+        assert p.max() - p.min() > 0.01
+    out = recsys("verify", run)
+    assert "aot/model.pt2 is a program" in out

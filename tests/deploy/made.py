@@ -84,12 +84,14 @@ def write(
     data: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    *,
+    compiled: bool = False,
 ) -> tuple[Encoder, Model]:
     """Write a bundle; return what it was made of."""
     data = data or {**DATA, **LISTS}
     encoder = encoder_of(data)
     built = model_of(encoder, data, model or MODEL)
-    write_model(folder, encoder, built, data, model or MODEL, calibration)
+    write_model(folder, encoder, built, data, model or MODEL, calibration, compiled=compiled)
     return encoder, built
 
 
@@ -100,8 +102,10 @@ def write_model(
     data: Mapping[str, Any],
     model: Mapping[str, Any],
     calibration: Calibration | None = None,
+    *,
+    compiled: bool = False,
 ) -> None:
     """Write a bundle of a model."""
     facts = Facts({"data": dict(data), "model": dict(model)}, {"test": {"auc": 0.5, "gauc": None}}, {}, "abc")
     folder.mkdir(parents=True)
-    write_bundle(folder, encoder, built, sample_of(encoder), facts, calibration)
+    write_bundle(folder, encoder, built, sample_of(encoder), facts, calibration, compiled=compiled)

@@ -88,11 +88,15 @@ def test_a3_extra_missing_and_swapped_files(copy: Path, tmp_path: Path) -> None:
     load(copy)
     with pytest.raises(BundleError, match=r"no such folder\. Did you mean 'bundle'\?"):
         load(tmp_path / "bundel")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    for wrong, missing, near in (("run/first/bundle", "run", "runs"), ("runs/frist/bundle", "frist", "first")):
+        with pytest.raises(BundleError, match=rf"no folder '{missing}' in .*\. Did you mean '{near}'\?"):
+            load(tmp_path / wrong)
     (copy / MANIFEST).unlink()
     with pytest.raises(BundleError, match=r"manifest.json: missing; this is no bundle"):
         load(copy)
     with pytest.raises(BundleError, match="no such folder"):
-        load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere" / "at" / "all")
 
 
 def test_a_manifest_that_was_edited_is_refused(copy: Path) -> None:

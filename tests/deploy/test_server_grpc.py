@@ -244,3 +244,39 @@ def test_tokens_metrics_and_the_log(whole: Path, pb: Any, tmp_path: Path) -> Non
         assert '"grpc_infer", "status": 200' in log.read_text()
     finally:
         made.close()
+
+
+def connects(channel: Any, seconds: float = 2.0) -> bool:
+    try:
+        grpc.channel_ready_future(channel).result(seconds)
+    except grpc.FutureTimeoutError:
+        return False
+    return True
+
+
+def test_connections_and_calls_beyond_the_limits_are_refused_until_some_end(whole: Path, pb: Any) -> None:
+    made = Calls(whole, pb, "--max-connections", "3", "--queue", "2", "--timeout", "20", "--batch-rows", "0")
+    ready = pb.ServerReadyRequest()
+    own = [("grpc.use_local_subchannel_pool", 1)]  # each channel with a connection of its own
+    channels = [grpc.insecure_channel(f"127.0.0.1:{made.port}", options=own) for _ in range(4)]
+    try:
+        assert made.stub.ServerReady(ready, timeout=20).ready
+        let = [channel for channel in channels if connects(channel)]
+        assert len(let) == 2, "beside the first one"
+        assert made.stub.ServerReady(ready, timeout=20).ready, "those that are open go on"
+        for channel in let:
+            channel.close()
+        again = grpc.insecure_channel(f"127.0.0.1:{made.port}", options=own)
+        channels.append(again)
+        assert connects(again, 20)
+
+        large = request(pb, FULL * 25)
+        stubs = [made.stub, pb.stub(again)]  # of one connection, only as many come as may; the rest wait in the client
+        asked = [stub.ModelInfer.future(large, timeout=60) for _ in range(15) for stub in stubs]
+        codes = [None if (error := call.exception()) is None else error.code() for call in asked]
+        assert set(codes) == {None, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert made.stub.ServerReady(ready, timeout=20).ready
+    finally:
+        for channel in channels:
+            channel.close()
+        made.close()

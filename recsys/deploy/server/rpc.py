@@ -81,6 +81,7 @@ class Rpc:
             ("grpc.max_metadata_size", limits.head),
             ("grpc.absolute_max_metadata_size", limits.head),
             ("grpc.max_concurrent_streams", limits.queue),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
             ("grpc.max_connection_idle_ms", int(limits.idle * seconds)),
             ("grpc.server_handshake_timeout_ms", int(limits.receive * seconds)),
             ("grpc.so_reuseport", 0),
