@@ -10,6 +10,7 @@ from itertools import islice
 from random import Random
 from typing import Annotated, Any, Protocol, runtime_checkable
 
+import numpy as np
 import pydantic
 import torch
 import torch.distributed as dist
@@ -37,6 +38,8 @@ Statistics = Sequence[tuple[Tensor, ...]]
 Probability = Annotated[float, pydantic.Field(gt=0, le=1)]
 TOGETHER = 1 << 21
 """Numbers of embedding output, over all candidates of one forward pass; more would leave the cache of a processor."""
+FINALISTS = 5
+"""Candidates that are scored on all validation rows where the search had only some of them."""
 TRIES = 100
 """Draws in vain after which a generation stays smaller: hardly a candidate is left that is new and small enough."""
 
@@ -154,15 +157,20 @@ class Scorer:
     Args:
         run: whose model has an elastic embedding.
         recalibration: training batches that batch normalisation sees anew for each candidate.
+        rows: how many of the validation rows to score on, the same for all candidates; None for all.
     """
 
-    def __init__(self, run: Run, recalibration: int) -> None:
+    def __init__(self, run: Run, recalibration: int, rows: int | None = None) -> None:
         self.run = run
         embedding = run.model.embedding
         if not isinstance(embedding, Elastic):
             raise RecipeError("stage evolve: the embedding has no widths to choose; use optembed, for instance")
         self.embedding = embedding
         self.shards = run.split("valid")
+        self.rows: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        if rows is not None and rows < len(self.shards):
+            drawn = np.random.default_rng(run.seed(run.stage, "rows"))
+            self.rows = np.sort(drawn.choice(len(self.shards), rows, replace=False))
         self.metric = run.metric(run.train.monitor)
         self.sign = 1.0 if self.metric.higher_is_better else -1.0
         self.norms = [m for m in run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -198,8 +206,10 @@ class Scorer:
         labels: dict[str, list[Tensor]] = {task: [] for task in self.run.schema.tasks}
         context: dict[str, list[Tensor]] = {need: [] for need in self.metric.needs}
         size = self.run.train.eval_batch_size
-        for low in range(0, len(self.shards), size):
-            batch = self.shards.read(low, min(low + size, len(self.shards)))
+        count = len(self.shards) if self.rows is None else len(self.rows)
+        for low in range(0, count, size):
+            high = min(low + size, count)
+            batch = self.shards.read(low, high) if self.rows is None else self.shards.gather(self.rows[low:high])
             for task, columns in self._logits(batch.to(self.run.device), masks, statistics).items():
                 logits[task].append(columns)
             for task, given in batch.label.items():
@@ -272,8 +282,9 @@ class Evolve:
     Generation 0 is the whole table and a random population, d_f uniform in 1 … D. Every further generation has
     mutants (a parent with each d_f drawn anew with some probability) and crossovers (the first d_f of one parent, the
     others of another), of parents among the best so far. The embedding keeps the best of all that were scored. Scored
-    is by `train.monitor` over all validation rows, so what the validation split says afterwards is flattered: judge
-    by the test split. `search.json` in the stage's folder lists every candidate and its score.
+    is by `train.monitor` over validation rows, so what the validation split says afterwards is flattered: judge by the
+    test split. `search.json` in the stage's folder lists every candidate and its score. Each candidate costs about as
+    much as a validation pass; of a split of millions of rows, `rows` may be a hundred thousand or two.
 
     Guo et al., "Single Path One-Shot Neural Architecture Search with Uniform Sampling", ECCV 2020; for embeddings
     Lyu et al., CIKM 2022, arXiv 2208.04482.
@@ -289,6 +300,8 @@ class Evolve:
             chosen.
         recalibration: training batches on which batch normalisation is averaged anew for each candidate; 0 leaves its
             statistics as training on random widths left them. It costs as many forward passes per candidate.
+        rows: of the validation split, drawn once, that candidates are compared on; the best five are then scored on
+            all of them, and the best of these is kept. null: all rows, always.
     """
 
     name = "evolve"
@@ -304,10 +317,11 @@ class Evolve:
         parents: PositiveInt = 15,
         budget: PositiveFloat | None = None,
         recalibration: NonNegativeInt = 0,
+        rows: PositiveInt | None = None,
     ) -> None:
         self.population, self.generations = population, generations
         self.mutants, self.crossovers, self.mutation, self.parents = mutants, crossovers, mutation, parents
-        self.budget, self.recalibration = budget, recalibration
+        self.budget, self.recalibration, self.rows = budget, recalibration, rows
 
     def run(self, run: Run) -> None:
         """Give the embedding of `run.model` its widths.
@@ -315,7 +329,7 @@ class Evolve:
         Raises:
             RecipeError: its widths cannot be chosen, or none meets the budget.
         """
-        scorer = Scorer(run, self.recalibration)
+        scorer = Scorer(run, self.recalibration, self.rows)
         embedding = scorer.embedding
         cost = Cost.of(embedding)
         limit = math.inf if self.budget is None else self.budget * cost.whole
@@ -336,16 +350,30 @@ class Evolve:
             allowed=lambda c: cost(c) <= limit,
         )
         log = self._search(run, search, scorer, cost)
-        best = search.best(1)
-        if not best:
+        finalists = self._finalists(run, search, scorer)
+        if not finalists:
             raise RecipeError(f"{run.stage}: '{run.train.monitor}' is undefined on the validation split")
-        embedding.decide(best[0])
+        best = max(finalists, key=lambda c: finalists[c])
+        embedding.decide(best)
         run.keep_weights()
         if run.world.leads:
-            found = {"seed": seed, "vocabularies": embedding.sizes(), "generations": log, "best": best[0]}
-            text = json.dumps(found | {"score": search.scores[best[0]], "bytes": cost(best[0])}, indent=1)
-            (run.stage_folder / "search.json").write_text(text + "\n", encoding="utf-8")
-        run.say(f"{run.stage}: widths {dict(zip(embedding.sizes(), best[0], strict=True))}, {cost(best[0]):,} bytes")
+            found = {"seed": seed, "vocabularies": embedding.sizes(), "generations": log, "best": best}
+            found |= {"score": finalists[best], "bytes": cost(best)}
+            if scorer.rows is not None:
+                found |= {
+                    "rows": len(scorer.rows),
+                    "finalists": [{"widths": c, "score": z} for c, z in finalists.items()],
+                }
+            (run.stage_folder / "search.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        run.say(f"{run.stage}: widths {dict(zip(embedding.sizes(), best, strict=True))}, {cost(best):,} bytes")
+
+    def _finalists(self, run: Run, search: Search, scorer: Scorer) -> dict[Candidate, float]:
+        """The best candidates and their scores on all validation rows; of equals, the one that was scored first."""
+        if scorer.rows is None:
+            return {c: search.scores[c] for c in search.best(1)}
+        best = search.best(FINALISTS)
+        scores = zip(best, Scorer(run, self.recalibration)(best), strict=True)
+        return {c: score for c, score in scores if not math.isnan(score)}
 
     def _search(self, run: Run, search: Search, scorer: Scorer, cost: Cost) -> list[list[dict[str, Any]]]:
         log = []

@@ -322,3 +322,38 @@ def test_without_decay_it_warns(tmp_path):
     build, recipe, registry = start(tmp_path, "[{use: fit}]", "train.embedding_l2=0", "data.source.rows=2000")
     run_stages(build(), recipe, registry)
     assert "optembed drops rare values through" in (tmp_path / "log.txt").read_text()
+
+
+def test_on_some_rows_the_best_five_are_compared_on_all(tmp_path):
+    build, recipe, registry = start(tmp_path, STAGES % ", rows: 150", "train.learning_rate=1e-2")
+    run = build()
+    run_stages(run, recipe, registry)
+    log = json.loads((tmp_path / "run" / "2-evolve" / "search.json").read_text())
+    valid = run.splits["valid"]
+    assert log["rows"] == 150 < len(valid)
+    every = {tuple(e["widths"]): e["score"] for generation in log["generations"] for e in generation}
+    ranked = sorted(every, key=lambda c: -every[c])
+    finalists = {tuple(e["widths"]): e["score"] for e in log["finalists"]}
+    assert list(finalists) == ranked[:5]
+    assert (log["score"], tuple(log["best"])) == max((score, c) for c, score in finalists.items())
+    searched = build()
+    searched.model.load_state_dict(load_file(tmp_path / "run" / "2-evolve" / "model.safetensors"))
+    for candidate, score in finalists.items():
+        assert auc_of(searched, candidate) == pytest.approx(score, abs=1e-9)
+
+    # What the search saw is the score of 150 of the rows, the same for every candidate.
+    scorer = Scorer(run_at(searched, "2-evolve"), 0, 150)
+    assert len(set(scorer.rows.tolist())) == 150
+    batch = valid.gather(scorer.rows)
+    for candidate in ranked:
+        decided = copy.deepcopy(searched.model)
+        decided.embedding.decide(candidate)
+        with torch.no_grad():
+            logit = decided.eval()(batch)["label"]
+        assert roc_auc_score(batch.label["label"], logit) == pytest.approx(every[candidate], abs=1e-6)
+
+
+def run_at(run, stage):
+    """The run as it is in a stage, whose name seeds what the stage draws."""
+    run.stage = stage
+    return run
