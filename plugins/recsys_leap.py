@@ -37,39 +37,47 @@ class Variant:
 
     weigh: Weigh
     strength: float
+    start: float
     warmup: float
     copies: Copies
-    by_rank: bool
+    by_gate: bool
 
 
 VARIANTS = {
-    "reconstruction": Variant("l2", 0.2, 0.1, "shift", by_rank=False),
-    "official": Variant("uniform", 0.1, 0.0, "independent", by_rank=True),
+    "reconstruction": Variant("l2", 0.2, 0.0, 0.6, "shift", by_gate=False),
+    "official": Variant("uniform", 0.1, 1.0, 0.0, "independent", by_gate=True),
 }
 
 
 class LeAP(nn.Module):
     """Gates between a field's vectors and the same vectors shuffled over the batch, with a price for open gates.
 
-    x'_bf = g_f x_bf + (1 − g_f) sg(x_{π_f(b) f}), g = σ(5θ), θ = 1 at first, π_f another permutation for every field in
-    every step. What a field loses by this is what a permutation test would say of it, found for all fields in one
-    training run; a weight behind the gate cannot make up for it, as it can for a factor. Gates pay λ · mean_f w_f g_f.
+    x'_bf = g_f x_bf + (1 − g_f) sg(x_{π_f(b) f}), g = σ(5θ), π_f another permutation for every field in every step.
+    What a field loses by this is what a permutation test would say of it, found for all fields in one training run; a
+    weight behind the gate cannot make up for it, as it can for a factor. Gates pay λ · mean_f w_f g_f.
 
     Published (the abstract, and the public code, which is the same as ShuffleGate's, arXiv 2503.09315): the mixing, the
-    gates, w = 1, one step of the weights on a training batch and one of the gates on a validation batch in turn, and
-    training again from scratch on the half of the fields with the largest gates. That is `preset: official`, with
-    `rate: 1e-3` of the stage `bilevel_fit`; but evaluation never shuffles here, as the code does.
+    gates, θ = 1 at first, w = 1, one step of the weights on a training batch and one of the gates on a validation batch
+    in turn, and training again from scratch on the half of the fields with the largest gates. With `rate: 1e-3` of the
+    stage `bilevel_fit`, `preset: official` does that; but evaluation never shuffles here, as the code does.
     Published in words alone: that a "permutation divergence" sets w, so that narrow and sparse fields are not dropped,
     and wide ones not spared, for their shape. Our reconstruction: D_f = mean_b ‖x_bf − x_{π_f(b) f}‖, averaged over
-    steps; w_f = max(D_f / mean_k D_k, `floor`), means over what varies; the floor, λ, the warm-up, the step size, and
-    the rule of what is kept. The authors' formula and tables are not public: nothing here is claimed to equal them.
+    steps; w_f = max(D_f / mean_k D_k, `floor`), means over what varies; the floor, λ, the warm-up, the step size,
+    scores, what is kept. The authors' formula and tables are not public: nothing here is claimed to equal them.
+
+    Scores, our reconstruction too: gates begin at ½, and the warm-up holds them there, without a price, and takes
+    s_f = Σ_t t² b_tf / Σ_t t², b_tf = −∂L/∂g_f in step t; late steps, of a network that has learned, count most. At ½ a
+    field and its copy can be exchanged, so E b = 0 for a field that tells nothing, whatever the network; elsewhere a
+    gate also answers to how much it spreads x', and closed gates stand in an order of chance. λ and w decide what is
+    kept, not the scores. Scores are gates with `preset: official`, without a warm-up, and with `per: dim`, where the
+    other dimensions of a row give one away.
 
     Kept is what has g > ½ once the gates are polarised, mean 2|g − ½| > 0.8; until then, and always with the official
-    preset, the `share` with the largest gates. Evaluation sees what is kept, and zeros elsewhere. The gates learn in
+    preset, the `share` with the largest scores. Evaluation sees what is kept, and zeros elsewhere. The gates learn in
     the stage `bilevel_fit`, or with `one_level` in a fit stage; either runs all of its `epochs` and keeps the last, for
     the loss alone, without the price, would choose an early one. Every stage that moves gates writes `gates.json`: the
-    gates, how polarised they are, D_f ≈ r_f √d_f s_f (share of pairs that differ, width, spread of a coordinate), and
-    what the validation split says with shuffled copies in the place of all that is not kept.
+    gates, s_f as the benefit, how polarised the gates are, D_f ≈ r_f √d_f s (share of pairs that differ, width, spread
+    of a coordinate), and what the validation split says with shuffled copies in the place of all that is not kept.
 
     Only scalar fields pass the gates: pooled histories, their targets and first-order weights do not. A field of fewer
     dimensions comes with zeros in the others. With some forty fields a permutation test costs less than this search;
@@ -78,15 +86,17 @@ class LeAP(nn.Module):
     "LeAP: Learnable Adaptive Permutation", arXiv 2606.01111; ShuffleGate, arXiv 2503.09315.
 
     Args:
-        preset: reconstruction: divergence l2, λ 0.2, warm-up 0.1, shifted copies. official: uniform, λ 0.1 (its value
-            for MovieLens 1M; Avazu 0.005, Criteo 0.02), no warm-up, independent copies, always the best `share`.
+        preset: reconstruction: divergence l2, λ 0.2, θ = 0 at first, warm-up 0.6, shifted copies. official: uniform,
+            λ 0.1 (its value for MovieLens 1M; Avazu 0.005, Criteo 0.02), θ = 1 at first, no warm-up, independent
+            copies, always the `share` with the largest gates.
         weigh: l2, l1 or l2sq (squared): the norm in the divergence. uniform: w = 1. null: as the preset has it.
         strength: λ. null: as the preset has it.
         floor: least w; without it sparse noise has no reason to close its gate.
         per: field: a gate for each field. dim: for each dimension of each field, shuffled on its own.
         one_level: step size of gates that learn from training rows in a fit stage: one pass instead of two, but ids
             that are learned by heart look useful. null: they wait for `bilevel_fit` and its `rate`.
-        warmup: share of the stage before the gates move. null: as the preset has it.
+        warmup: share of the stage in which the gates are held and measured, before they move. null: as the preset has
+            it.
         share: of the gates that are kept where they have not decided by themselves.
         copies: shift: one permutation of the batch, in which every field is shifted by a number of its own; no row
             meets itself. independent: a permutation for each field. null: as the preset has it.
@@ -112,9 +122,10 @@ class LeAP(nn.Module):
         self.weigh = weigh or variant.weigh
         self.strength = variant.strength if strength is None else strength
         self.warmup = variant.warmup if warmup is None else warmup
-        self.copies, self.by_rank = copies or variant.copies, variant.by_rank
+        self.copies, self.by_gate = copies or variant.copies, variant.by_gate or per == "dim"
+        self.official = preset == "official"
         self.shape = (len(fields), 1) if per == "field" else (len(fields), fields.dim)
-        self.theta = nn.Parameter(torch.ones(self.shape))
+        self.theta = nn.Parameter(torch.full(self.shape, variant.start))
         self.progress: Tensor
         self.divergence: Tensor
         self.changed: Tensor
@@ -122,6 +133,8 @@ class LeAP(nn.Module):
         self.first: Tensor
         self.second: Tensor
         self.steps: Tensor
+        self.benefit: Tensor
+        self.measured: Tensor
         self.register_buffer("progress", torch.zeros(()))
         self.register_buffer("divergence", torch.zeros(self.shape))
         self.register_buffer("changed", torch.zeros(self.shape))  # r, the share of pairs that differ
@@ -129,6 +142,8 @@ class LeAP(nn.Module):
         self.register_buffer("first", torch.zeros(self.shape))  # Adam's moments of θ
         self.register_buffer("second", torch.zeros(self.shape))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("benefit", torch.zeros(self.shape))
+        self.register_buffer("measured", torch.zeros((), dtype=torch.int64))
         self.estimates = False
         self.steps_before = 0
 
@@ -180,13 +195,17 @@ class LeAP(nn.Module):
         return torch.where(count > 0, count, self.theta.numel())
 
     def penalty(self) -> Tensor:
-        """λ · mean w g, `[]`."""
-        paid = (self.weights() * self.gates()).sum()
+        """λ · mean w g, `[]`; nothing during the warm-up."""
+        paid = self._moves() * (self.weights() * self.gates()).sum()
         return self.strength * paid / (self.theta.numel() if self.weigh == "uniform" else self._varying())
 
     def anneal(self, progress: float) -> None:
         """Note how far the stage is, for the warm-up."""
         self.progress.fill_(progress)
+
+    def _moves(self) -> Tensor:
+        """1 once the warm-up is over, else 0, `[]`; reading it would wait for the device in every step."""
+        return (self.progress >= self.warmup).to(self.theta.dtype)
 
     def architecture(self) -> tuple[nn.Parameter, ...]:
         """θ, unless it learns in a fit stage."""
@@ -208,8 +227,8 @@ class LeAP(nn.Module):
 
     @torch.no_grad()
     def _move(self, g: Tensor, rate: float) -> None:
-        # No branch on the progress: reading it would wait for the device in every step.
-        moves = (self.progress >= self.warmup).to(g.dtype)
+        moves = self._moves()
+        self._measure(g, (1 - moves) * (self.steps == 0))
         self.steps.add_(moves.long())
         self.first.lerp_(g, moves * (1 - BETAS[0]))
         self.second.lerp_(g.square(), moves * (1 - BETAS[1]))
@@ -217,9 +236,25 @@ class LeAP(nn.Module):
         mean, square = self.first / (1 - BETAS[0] ** count), self.second / (1 - BETAS[1] ** count)
         self.theta.sub_(moves * rate * mean / (square.sqrt() + EPS))
 
+    def _measure(self, g: Tensor, held: Tensor) -> None:
+        """Take ∂L/∂θ `[F, 1]` into the mean benefit, in a step in which gates that never moved are `held`."""
+        self.measured.add_(held.long())
+        count, gates = self.measured.clamp(min=1).to(g.dtype), self.gates()
+        share = 6 * count / ((count + 1) * (2 * count + 1))  # of t² in 1 + 4 + … + t²
+        self.benefit.lerp_(-g / (SLOPE * gates * (1 - gates)), held * share)
+
     def reached(self) -> bool | None:
-        """None before the gates move, then False: a stage that moves them keeps its last epoch."""
-        return None if int(self.steps) == 0 else False
+        """None before the gates are measured or move, then False: a stage that does so keeps its last epoch."""
+        return None if self.done() == 0 else False
+
+    def done(self) -> int:
+        """Steps in which the gates were measured or moved."""
+        return int(self.steps + self.measured)
+
+    def worth(self) -> Tensor:
+        """What ranks the gates, `[F, 1]` or `[F, D]`: the benefit where it was measured, else θ."""
+        theta = self.theta.detach()
+        return theta if self.by_gate else torch.where(self.measured > 0, self.benefit, theta)
 
     def polarisation(self) -> Tensor:
         """Mean 2|g − ½|, `[]`."""
@@ -227,12 +262,12 @@ class LeAP(nn.Module):
 
     def kept_gates(self) -> Tensor:
         """`[F, 1]`, or `[F, D]`, bool; never nothing."""
-        theta = self.theta.detach()
-        best = theta.flatten().sort(descending=True).values
-        top = theta >= best[max(round(self.share * len(best)), 1) - 1]  # with ties, such as all of them at first
-        if self.by_rank:
+        theta, worth = self.theta.detach(), self.worth()
+        best = worth.flatten().sort(descending=True).values
+        top = worth >= best[max(round(self.share * len(best)), 1) - 1]  # with ties, such as all of them at first
+        if self.official:
             return top
-        return torch.where(self.polarisation() > POLARISED, (theta > 0) | (theta >= best[0]), top)
+        return torch.where(self.polarisation() > POLARISED, (theta > 0) | (theta >= theta.max()), top)
 
     def kept(self) -> Selection:
         """The fields, and the dimensions where they have gates of their own."""
@@ -242,12 +277,17 @@ class LeAP(nn.Module):
         return Selection(names, dims=dict(zip(self.fields.names, kept.clone(), strict=True)) if by_dim else {})
 
     def scores(self) -> Mapping[str, Tensor]:
-        """The gate of each field, `[]`; the mean of those that mix something where every dimension has one."""
+        """What the warm-up has measured of each field, `[]`, or its gate with `official`, `per: dim` or no warm-up."""
+        if not self.by_gate and int(self.measured):
+            return dict(zip(self.fields.names, self.benefit.squeeze(1), strict=True))
+        return dict(zip(self.fields.names, self._field_gates(), strict=True))
+
+    def _field_gates(self) -> Tensor:
+        """The gate of each field, the mean of those that mix something where every dimension has one, `[F]`."""
         g = self.gates().detach()
         varies = self.divergence > 0
         varies = varies | ~varies.any(1, keepdim=True)
-        mean = (g * varies).sum(1) / varies.sum(1)
-        return dict(zip(self.fields.names, mean, strict=True))
+        return (g * varies).sum(1) / varies.sum(1)
 
     @contextmanager
     def estimating(self) -> Iterator[None]:
@@ -269,10 +309,12 @@ class LeAP(nn.Module):
         additive = self.weigh in ("l1", "l2sq")
         norm = self.divergence.sum(1) if additive else torch.linalg.vector_norm(self.divergence, dim=1)
         table: dict[str, dict[str, Any]] = {}
-        for i, (name, score) in enumerate(self.scores().items()):
+        gates = self._field_gates()
+        for i, name in enumerate(self.fields.names):
             scale = float(changed[i]) * float(width[i]) ** (1.0 if additive else 0.5)
             table[name] = {
-                "gate": float(score),
+                "gate": float(gates[i]),
+                "benefit": float(self.benefit[i].sum()),
                 "kept": bool(kept[i].any()),
                 "divergence": float(norm[i]),
                 "price": float(w[i].mean()),
@@ -283,8 +325,9 @@ class LeAP(nn.Module):
             if self.shape[1] > 1:
                 table[name]["gates"] = self.gates()[i].tolist()
         polarisation = float(self.polarisation())
-        rule = "share" if self.by_rank or polarisation <= POLARISED else "gates above one half"
-        return {"polarisation": polarisation, "kept_by": rule, "steps": int(self.steps), "fields": table}
+        rule = "share" if self.official or polarisation <= POLARISED else "gates above one half"
+        steps = {"steps": int(self.steps), "steps_held": int(self.measured)}
+        return {"polarisation": polarisation, "kept_by": rule, **steps, "fields": table}
 
 
 def shifted(x: Tensor) -> Tensor:
@@ -328,14 +371,14 @@ def taken(x: Tensor, order: Tensor) -> Tensor:
 def recsys_before_stage(run: Run, stage: str) -> None:
     """Remember where the gates are."""
     if isinstance(run.model.selector, LeAP):
-        run.model.selector.steps_before = int(run.model.selector.steps)
+        run.model.selector.steps_before = run.model.selector.done()
 
 
 @hookimpl
 def recsys_after_stage(run: Run, stage: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
     """Tell what a stage that moved the gates has found."""
     selector = run.model.selector
-    if not isinstance(selector, LeAP) or int(selector.steps) == selector.steps_before:
+    if not isinstance(selector, LeAP) or selector.done() == selector.steps_before:
         return
     told = selector.report(_vectors(run))
     if "valid" in run.splits:

@@ -106,12 +106,13 @@ def rank_auc(score: Tensor, signal: list[int], noise: list[int]) -> float:
 
 def figures(data: Planted, gates: LeAP) -> dict[str, float]:
     """What the gates say of the planted fields."""
-    theta = gates.theta.detach().flatten()
+    score = torch.stack(list(gates.scores().values()))
     g = gates.gates().detach().flatten()
     wide = max(k.width for k in data.kinds)
-    told = {"rank AUC": rank_auc(theta, data.where(informative=True), data.where(informative=False))}
+    groups = data.where(informative=True), data.where(informative=False)
+    told = {"rank AUC": rank_auc(score, *groups), "rank AUC of the gates": rank_auc(g, *groups)}
     sparse = data.where(sparse=True, informative=True), data.where(sparse=True, informative=False)
-    told["rank AUC, sparse"] = rank_auc(theta, *sparse)
+    told["rank AUC, sparse"] = rank_auc(score, *sparse)
     right = (g > 0.5) == torch.tensor([k.informative for k in data.kinds])
     told["right at g > ½"] = float(right.double().mean())
     for width in sorted({k.width for k in data.kinds}):

@@ -24,8 +24,8 @@ def leap(seed=0, spread=0.3, fields=FIELDS, **options):
     torch.manual_seed(seed)
     made = LeAP(fields, **options).double()
     with torch.no_grad():
-        made.theta.add_(spread * torch.randn(made.theta.shape) - 0.8 * (spread > 0))
-    made.anneal(0.5)
+        made.theta.add_(spread * torch.randn(made.theta.shape) + 0.2 * (spread > 0))
+    made.anneal(0.7)
     return made
 
 
@@ -254,7 +254,7 @@ def test_a_constant_field_has_no_gradient_but_the_price_which_shuts_its_gate():
     made, x = leap(spread=0), vectors(16)
     x[:, 2] = 1.5
     for step in range(1500):
-        made.anneal(0.2 + step / 2000)
+        made.anneal(0.6 + step / 4000)
         mixed = made(x, x)
         (slope,) = torch.autograd.grad(mixed.square().sum(), made.theta, retain_graph=True)
         assert float(slope[2].abs()) == 0
@@ -277,7 +277,12 @@ def test_uniform_prices_are_the_public_codes_mean_of_the_gates():
     assert torch.equal(made.weights(), torch.ones(F, 1).double())
     assert made.penalty().item() == pytest.approx(0.02 * float(torch.sigmoid(5 * made.theta).mean()), rel=1e-12)
     assert (made.copies, made.warmup) == ("independent", 0)
-    assert float(LeAP(FIELDS).gates()[0]) == pytest.approx(0.9933, abs=1e-4)
+    assert float(LeAP(FIELDS, preset="official").gates()[0].detach()) == pytest.approx(0.9933, abs=1e-4)
+    made.benefit.copy_(-made.theta.detach())
+    made.measured.fill_(9)
+    assert made.scores() == dict(zip(FIELDS.names, made.gates().detach().squeeze(1), strict=True))
+    order = made.theta.detach().flatten().argsort(descending=True).tolist()
+    assert set(made.kept().fields) == {FIELDS.names[i] for i in order[:2]}
 
 
 @pytest.mark.parametrize("one_level", [None, 0.03])
@@ -285,6 +290,7 @@ def test_gates_wait_for_the_end_of_the_warm_up_and_then_move_as_adam_does(one_le
     made = leap(warmup=0.3, one_level=one_level)
     slow = made.theta.detach().clone().requires_grad_()
     adam = torch.optim.Adam([slow], lr=0.03)
+    assert made.reached() is None
     assert made.architecture() == (() if one_level else (made.theta,))
     assert made.own_parameters() == ((made.theta,) if one_level else ())
     for step in range(20):
@@ -295,12 +301,13 @@ def test_gates_wait_for_the_end_of_the_warm_up_and_then_move_as_adam_does(one_le
         made.after_step() if one_level else made.search_step(0.03)
         if step < 6:
             assert torch.equal(made.theta, before)
-            assert made.reached() is None
+            assert made.penalty().item() == 0, "held gates pay nothing"
         else:
             adam.step()
-            assert made.reached() is False
+            assert made.penalty().item() > 0
+        assert made.reached() is False
         assert (made.theta - slow).abs().max() <= 1e-12
-    assert int(made.steps) == 14
+    assert (int(made.measured), int(made.steps)) == (6, 14)
     before = made.theta.detach().clone()
     made.theta.grad = torch.ones_like(made.theta)
     if one_level is None:
@@ -308,11 +315,87 @@ def test_gates_wait_for_the_end_of_the_warm_up_and_then_move_as_adam_does(one_le
     assert torch.equal(made.theta, before)
 
 
+def test_the_score_is_the_mean_gain_by_a_wider_gate_with_later_steps_of_more_weight():
+    """Σ t² b_t / Σ t², b = −∂L/∂g in the steps of the warm-up, while g = ½."""
+    made = leap(warmup=0.4, spread=0)
+    x, above = vectors(9), vectors(9, 1)
+    found, weight = torch.zeros(F, dtype=torch.float64), 0
+    for step in range(20):
+        made.anneal(step / 20)
+        torch.manual_seed(step)
+        copy = made.shuffled(x)
+        torch.manual_seed(step)
+        loss = (made(x, x) * above).square().sum() + made.penalty()
+        (made.theta.grad,) = torch.autograd.grad(loss, made.theta)
+        if step < 8:
+            mixed = 0.5 * x + 0.5 * copy
+            for f in range(F):
+                slope = sum(
+                    float(2 * mixed[b, f, k] * above[b, f, k] ** 2 * (x[b, f, k] - copy[b, f, k]))
+                    for b in range(9)
+                    for k in range(D)
+                )
+                found[f] -= (step + 1) ** 2 * slope
+            weight += (step + 1) ** 2
+        made.search_step(0.05)
+    assert int(made.measured) == 8
+    torch.testing.assert_close(torch.stack(list(made.scores().values())), found / weight, rtol=1e-9, atol=1e-12)
+    told = made.report(x)["fields"]["f2"]
+    assert told["benefit"] == pytest.approx(float(found[2] / weight))
+    assert told["gate"] == pytest.approx(float(made.gates()[2].detach()))
+
+
+def test_what_is_measured_goes_on_from_a_checkpoint():
+    whole, half = leap(warmup=0.5, spread=0), leap(warmup=0.5, spread=0)
+    for step in range(12):
+        if step == 4:
+            state = {name: t.clone() for name, t in half.state_dict().items()}
+            half = leap(seed=9, warmup=0.5, spread=0)
+            half.load_state_dict(state)
+        for made in (whole, half):
+            made.anneal(step / 12)
+            made.theta.grad = vectors(1, step, F, 1).squeeze(0)
+            made.search_step(0.05)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), half.state_dict().values(), strict=True))
+    assert int(half.measured) == 6
+
+
+@pytest.mark.parametrize("copies", COPIES)
+def test_half_open_gates_find_no_gain_in_noise_whatever_the_network_and_wider_ones_a_loss(copies):
+    """At ½ a field and its copy can be exchanged, so that noise is worth nothing; above, it adds to the spread."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(F * D, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+    mean = {}
+    for theta in (0.0, 0.4):
+        found = []
+        for step in range(300):
+            made = leap(spread=0, copies=copies)
+            with torch.no_grad():
+                made.theta.fill_(theta)
+            made.anneal(0.0)
+            x, y = vectors(64, step), torch.rand(64, dtype=torch.float64).round()
+            y[x[:, 0, 0] > 0.5] = 1.0  # the first field tells something
+            seen = made(x, x)
+            logit = 3 * network(seen.flatten(1)).squeeze(1) + 2 * seen[:, 0, 0]
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, y)
+            (made.theta.grad,) = torch.autograd.grad(loss, made.theta)
+            made.search_step(0.01)
+            found.append(made.benefit.flatten().clone())
+        each = torch.stack(found)
+        mean[theta] = each.mean(0) / (each.std(0) / len(found) ** 0.5)
+    assert (mean[0.0][1:].abs() < 4).all(), mean
+    assert mean[0.0][0] > 10, mean
+    assert mean[0.4][1:].mean() < -3, mean
+
+
 def test_polarised_gates_decide_by_themselves_others_by_rank_and_nothing_is_never_kept():
-    def kept(theta, **options):
+    def kept(theta, measured=None, **options):
         made = LeAP(FIELDS, **options)
         with torch.no_grad():
             made.theta.copy_(torch.tensor(theta).unsqueeze(1))
+            if measured is not None:
+                made.benefit.copy_(torch.tensor(measured).unsqueeze(1))
+                made.measured.fill_(5)
         return made.kept().fields
 
     assert kept([1.0, -1.0, 0.6, -0.9]) == ("f0", "f2")
@@ -322,6 +405,9 @@ def test_polarised_gates_decide_by_themselves_others_by_rank_and_nothing_is_neve
     assert kept([-0.3, -0.1, -0.2, 0.05], share=0.75) == ("f1", "f2", "f3")
     assert kept([1.0, 0.9, 0.8, 0.7]) == FIELDS.names
     assert kept([1.0, 0.9, 0.8, 0.7], preset="official") == ("f0", "f1")
+    assert kept([0.1, -0.1, -0.2, 0.05], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f1", "f2"), "undecided: by the benefit"
+    assert kept([1.0, -1.0, 0.6, -0.9], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f0", "f2")
+    assert kept([-1.0, -1.1, -1.2, -1.3], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f0",)
     assert kept([1.0, 1.0, 1.0, 1.0], preset="official") == FIELDS.names, "before a search nothing is left out"
 
 
