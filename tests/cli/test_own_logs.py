@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,22 @@ def test_an_absent_logger_names_its_extra(
     monkeypatch.setattr(f"lightning.pytorch.loggers.{'WandbLogger' if name == 'wandb' else 'MLFlowLogger'}", Absent)
     with pytest.raises(SystemExit, match=rf"'{name}' needs the package '{name}'; install it with .*recsys\[{name}\]"):
         recsys("train", recipe, f"train.logger={name}", "--out", tmp_path / "run")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow (or mlflow-skinny) is not installed")
+def test_curves_go_to_mlflow_or_the_error_says_how(
+    recsys: Command, tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'curves'}")
+    out = recsys("train", recipe, "train.logger=mlflow", "--out", tmp_path / "run")
+    told = [float(number) for number in re.findall(r"valid/auc ([0-9.]+)", out)]
+    (path,) = (tmp_path / "curves").glob("*/*/metrics/valid/auc")
+    curve = [float(line.split()[1]) for line in path.read_text().splitlines()]
+    assert told
+    assert curve == pytest.approx(told, abs=1e-5)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nothing-of-this-kind://here")
+    with pytest.raises(SystemExit, match=r"train.logger: mlflow: .*MLFLOW_TRACKING_URI says where curves go"):
+        recsys("train", recipe, "train.logger=mlflow", "--out", tmp_path / "other")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from recsys.deploy.mlflow import write_mlflow
 from recsys.deploy.predictor import load
 from recsys.errors import BundleError, ExportError, RequestError
 
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # nothing is told to anybody, whatever the package does by itself
 needs_mlflow = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("mlflow", "pandas")),
-    reason="mlflow and pandas are not installed (the extra `mlflow`)",
+    reason="mlflow (or mlflow-skinny) and pandas are not installed (the extra `test` brings them)",
 )
 
 
