@@ -45,6 +45,7 @@ class Variant:
 
 VARIANTS = {
     "reconstruction": Variant("l2", 0.2, 0.0, 0.6, "shift", by_gate=False),
+    "open": Variant("l2", 0.2, 1.0, 0.1, "shift", by_gate=True),
     "official": Variant("uniform", 0.1, 1.0, 0.0, "independent", by_gate=True),
 }
 
@@ -69,7 +70,7 @@ class LeAP(nn.Module):
     s_f = Σ_t t² b_tf / Σ_t t², b_tf = −∂L/∂g_f in step t; late steps, of a network that has learned, count most. At ½ a
     field and its copy can be exchanged, so E b = 0 for a field that tells nothing, whatever the network; elsewhere a
     gate also answers to how much it spreads x', and closed gates stand in an order of chance. λ and w decide what is
-    kept, not the scores. Scores are gates with `preset: official`, without a warm-up, and with `per: dim`, where the
+    kept, not the scores. Scores are gates with the other presets, without a warm-up, and with `per: dim`, where the
     other dimensions of a row give one away.
 
     Kept is what has g > ½ once the gates are polarised, mean 2|g − ½| > 0.8; until then, and always with the official
@@ -86,9 +87,10 @@ class LeAP(nn.Module):
     "LeAP: Learnable Adaptive Permutation", arXiv 2606.01111; ShuffleGate, arXiv 2503.09315.
 
     Args:
-        preset: reconstruction: divergence l2, λ 0.2, θ = 0 at first, warm-up 0.6, shifted copies. official: uniform,
-            λ 0.1 (its value for MovieLens 1M; Avazu 0.005, Criteo 0.02), θ = 1 at first, no warm-up, independent
-            copies, always the `share` with the largest gates.
+        preset: reconstruction: divergence l2, λ 0.2, θ = 0 at first, warm-up 0.6, shifted copies. open: the same with
+            θ = 1 at first, warm-up 0.1, and gates for scores. official: uniform, λ 0.1 (its value for MovieLens 1M;
+            Avazu 0.005, Criteo 0.02), θ = 1 at first, no warm-up, independent copies, always the `share` with the
+            largest gates.
         weigh: l2, l1 or l2sq (squared): the norm in the divergence. uniform: w = 1. null: as the preset has it.
         strength: λ. null: as the preset has it.
         floor: least w; without it sparse noise has no reason to close its gate.
@@ -106,7 +108,7 @@ class LeAP(nn.Module):
         self,
         fields: Fields,
         *,
-        preset: Literal["reconstruction", "official"] = "reconstruction",
+        preset: Literal["reconstruction", "open", "official"] = "reconstruction",
         weigh: Weigh | None = None,
         strength: NonNegativeFloat | None = None,
         floor: NonNegativeFloat = 0.1,
