@@ -285,6 +285,23 @@ def test_uniform_prices_are_the_public_codes_mean_of_the_gates():
     assert set(made.kept().fields) == {FIELDS.names[i] for i in order[:2]}
 
 
+def test_gates_that_begin_open_are_scores_whatever_was_measured():
+    made = LeAP(FIELDS, preset="open")
+    assert float(made.gates()[0].detach()) == pytest.approx(0.9933, abs=1e-4)
+    assert (made.weigh, made.copies, made.warmup) == ("l2", "shift", 0.1)
+    with torch.no_grad():
+        made.theta.copy_(torch.tensor([0.1, -0.1, -0.2, 0.05]).unsqueeze(1))
+    made.benefit.copy_(torch.tensor([-1.0, 2.0, 1.0, 0.0]).unsqueeze(1))
+    made.measured.fill_(5)
+    assert made.kept().fields == ("f0", "f3")
+    assert made.scores() == dict(zip(FIELDS.names, made.gates().detach().squeeze(1), strict=True))
+    with torch.no_grad():
+        made.theta.mul_(10)
+    assert made.polarisation() > 0.8
+    assert made.kept().fields == ("f0", "f3")
+    assert LeAP(FIELDS, preset="open", share=0.25).kept().fields == FIELDS.names
+
+
 @pytest.mark.parametrize("one_level", [None, 0.03])
 def test_gates_wait_for_the_end_of_the_warm_up_and_then_move_as_adam_does(one_level):
     made = leap(warmup=0.3, one_level=one_level)
