@@ -9,17 +9,20 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Scope
 
 import recsys
 from recsys.deploy.encode import Row
 from recsys.deploy.predictor import Predictor
 from recsys.deploy.server.content import check_rows, parse
+from recsys.deploy.server.direct import Answer, Direct
 from recsys.deploy.server.limits import Limits, Refused
 from recsys.deploy.server.oip import Call, inputs_of, outputs_of
 from recsys.deploy.server.schema import ref, schemas
 from recsys.deploy.server.service import Service
 from recsys.errors import RequestError
 
+SCORE = "/v1/score"
 LENGTH = "inference-header-content-length"
 OPEN = frozenset(("live", "ready"))
 """Endpoints that need no token."""
@@ -47,15 +50,21 @@ def endpoint(path: str) -> str:
     return "other"
 
 
-def make_app(service: Service, name: str) -> FastAPI:
+def make_app(service: Service, name: str) -> ASGIApp:
     """Return the application.
 
     Args:
         service: that answers.
         name: of the model, in paths and answers.
     """
+    score = _scoring(service, name)
+    return Direct(_framed(service, name, score), SCORE, score)
+
+
+def _framed(service: Service, name: str, score: Answer) -> FastAPI:
+    """All routes."""
     app = FastAPI(title="recsys", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_scores(app, service, name)
+    _add_scores(app, score)
     _add_explanations(app, service, name)
     _add_health(app, service, name)
     _add_models(app, service, name)
@@ -75,19 +84,26 @@ def make_app(service: Service, name: str) -> FastAPI:
     return app
 
 
-def _add_scores(app: FastAPI, service: Service, name: str) -> None:
+def _scoring(service: Service, name: str) -> Answer:
     def read(body: bytes, predictor: Predictor, limits: Limits) -> Sequence[Row]:
         return check_rows(parse(body, limits), limits)
 
-    @app.post("/v1/score", **_described("Scores", body="Rows"))
-    async def score(request: Request) -> Response:
-        """Score raw rows: one object of column and value, or a list of them."""
-        answer = await service.answer(await request.body(), read)
+    async def score(body: bytes, scope: Scope) -> bytes:
+        answer = await service.answer(body, read)
         probability = answer.scores.probability
         rows = zip(*(probability[task].tolist() for task in probability), strict=True)
         scores = [dict(zip(probability, row, strict=True)) for row in rows]
-        request.state.told = {"rows": len(scores), "bundle": answer.bundle}
-        return _json({"model": name, "bundle": answer.bundle, "scores": scores})
+        scope.setdefault("state", {})["told"] = {"rows": len(scores), "bundle": answer.bundle}
+        return _text({"model": name, "bundle": answer.bundle, "scores": scores})
+
+    return score
+
+
+def _add_scores(app: FastAPI, answer: Answer) -> None:
+    @app.post(SCORE, **_described("Scores", body="Rows"))
+    async def score(request: Request) -> Response:
+        """Score raw rows: one object of column and value, or a list of them."""
+        return Response(await answer(await request.body(), request.scope), media_type="application/json")
 
 
 def _add_explanations(app: FastAPI, service: Service, name: str) -> None:
@@ -215,8 +231,12 @@ def _not_ready() -> Response:
     return Response(refused.body, 503, headers, "application/json")
 
 
+def _text(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def _json(value: Any) -> Response:
-    return Response(json.dumps(value, separators=(",", ":")).encode(), media_type="application/json")
+    return Response(_text(value), media_type="application/json")
 
 
 def _described(reply: str, *statuses: int, body: str | None = None) -> dict[str, Any]:
