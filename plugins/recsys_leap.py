@@ -37,16 +37,15 @@ class Variant:
 
     weigh: Weigh
     strength: float
-    start: float
     warmup: float
     copies: Copies
     by_gate: bool
 
 
 VARIANTS = {
-    "reconstruction": Variant("l2", 0.2, 0.0, 0.6, "shift", by_gate=False),
-    "open": Variant("l2", 0.2, 1.0, 0.1, "shift", by_gate=True),
-    "official": Variant("uniform", 0.1, 1.0, 0.0, "independent", by_gate=True),
+    "reconstruction": Variant("l2", 0.2, 0.5, "shift", by_gate=False),
+    "open": Variant("l2", 0.2, 0.1, "shift", by_gate=True),
+    "official": Variant("uniform", 0.1, 0.0, "independent", by_gate=True),
 }
 
 
@@ -66,12 +65,13 @@ class LeAP(nn.Module):
     steps; w_f = max(D_f / mean_k D_k, `floor`), means over what varies; the floor, λ, the warm-up, the step size,
     scores, what is kept. The authors' formula and tables are not public: nothing here is claimed to equal them.
 
-    Scores, our reconstruction too: gates begin at ½, and the warm-up holds them there, without a price, and takes
-    s_f = Σ_t t² b_tf / Σ_t t², b_tf = −∂L/∂g_f in step t; late steps, of a network that has learned, count most. At ½ a
-    field and its copy can be exchanged, so E b = 0 for a field that tells nothing, whatever the network; elsewhere a
-    gate also answers to how much it spreads x', and closed gates stand in an order of chance. λ and w decide what is
-    kept, not the scores. Scores are gates with the other presets, without a warm-up, and with `per: dim`, where the
-    other dimensions of a row give one away.
+    Scores, our reconstruction too: in the warm-up every gate is ½, nothing is paid, and
+    s_f = Σ_t t² b_tf / Σ_t t² is taken, b_tf = −∂L/∂g_f in step t; late steps, of a network that has learned, count
+    most. At ½ a field and its copy can be exchanged, so E b = 0 for a field that tells nothing, whatever the network;
+    elsewhere a gate also answers to how much it spreads x', and closed gates stand in an order of chance. Then the
+    gates open, and pay. One that ends above ½ is its field's score; the score of the others is s_f, at most ½. Scores
+    are gates alone with the other presets, whose warm-up holds gates open, without a warm-up, and with `per: dim`,
+    where the other dimensions of a row give one away.
 
     Kept is what has g > ½ once the gates are polarised, mean 2|g − ½| > 0.8; until then, and always with the official
     preset, the `share` with the largest scores. Evaluation sees what is kept, and zeros elsewhere. The gates learn in
@@ -87,10 +87,9 @@ class LeAP(nn.Module):
     "LeAP: Learnable Adaptive Permutation", arXiv 2606.01111; ShuffleGate, arXiv 2503.09315.
 
     Args:
-        preset: reconstruction: divergence l2, λ 0.2, θ = 0 at first, warm-up 0.6, shifted copies. open: the same with
-            θ = 1 at first, warm-up 0.1, and gates for scores. official: uniform, λ 0.1 (its value for MovieLens 1M;
-            Avazu 0.005, Criteo 0.02), θ = 1 at first, no warm-up, independent copies, always the `share` with the
-            largest gates.
+        preset: reconstruction: divergence l2, λ 0.2, warm-up 0.5, shifted copies. open: the same with warm-up 0.1, in
+            which gates are open, and gates for scores. official: uniform, λ 0.1 (its value for MovieLens 1M; Avazu
+            0.005, Criteo 0.02), no warm-up, independent copies, always the `share` with the largest gates.
         weigh: l2, l1 or l2sq (squared): the norm in the divergence. uniform: w = 1. null: as the preset has it.
         strength: λ. null: as the preset has it.
         floor: least w; without it sparse noise has no reason to close its gate.
@@ -127,7 +126,7 @@ class LeAP(nn.Module):
         self.copies, self.by_gate = copies or variant.copies, variant.by_gate or per == "dim"
         self.official = preset == "official"
         self.shape = (len(fields), 1) if per == "field" else (len(fields), fields.dim)
-        self.theta = nn.Parameter(torch.full(self.shape, variant.start))
+        self.theta = nn.Parameter(torch.ones(self.shape))
         self.progress: Tensor
         self.divergence: Tensor
         self.changed: Tensor
@@ -153,6 +152,16 @@ class LeAP(nn.Module):
         """`[F, 1]`, or `[F, D]`."""
         return torch.sigmoid(SLOPE * self.theta)
 
+    def _mixing(self) -> Tensor:
+        """The gates that a batch passes: while they are measured, ½, with the slope that θ has there."""
+        if self.by_gate:
+            return self.gates()
+        return torch.sigmoid(SLOPE * torch.where(self._held(), self.theta - self.theta.detach(), self.theta))
+
+    def _held(self) -> Tensor:
+        """Whether gates are measured, because none has moved yet, `[]`."""
+        return (self.progress < self.warmup) & (self.steps == 0)
+
     def forward(self, e: Tensor, ids: Tensor) -> Tensor:
         """`[B, F, D], [B, F] -> [B, F, D]`."""
         if not self.training and not self.estimates:
@@ -163,7 +172,7 @@ class LeAP(nn.Module):
             return torch.where(self.kept_gates().view(-1, 1), x, copy).view_as(e)
         self._observe(x.detach() - copy)
         # Row by row, with as many gates as numbers: a loop over few numbers of each of many blocks would be slow.
-        gates = self.gates().to(x.dtype).view(-1, 1).expand(x.shape[1:]).flatten()
+        gates = self._mixing().to(x.dtype).view(-1, 1).expand(x.shape[1:]).flatten()
         return torch.lerp(copy.flatten(1), x.flatten(1), gates).view_as(e)
 
     def shuffled(self, x: Tensor) -> Tensor:
@@ -230,7 +239,7 @@ class LeAP(nn.Module):
     @torch.no_grad()
     def _move(self, g: Tensor, rate: float) -> None:
         moves = self._moves()
-        self._measure(g, (1 - moves) * (self.steps == 0))
+        self._measure(g, self._held().to(g.dtype))
         self.steps.add_(moves.long())
         self.first.lerp_(g, moves * (1 - BETAS[0]))
         self.second.lerp_(g.square(), moves * (1 - BETAS[1]))
@@ -239,11 +248,13 @@ class LeAP(nn.Module):
         self.theta.sub_(moves * rate * mean / (square.sqrt() + EPS))
 
     def _measure(self, g: Tensor, held: Tensor) -> None:
-        """Take ∂L/∂θ `[F, 1]` into the mean benefit, in a step in which gates that never moved are `held`."""
+        """Take ∂L/∂θ `[F, 1]` into the mean benefit, in a step in which all gates are `held` at ½."""
+        if self.by_gate:
+            return
         self.measured.add_(held.long())
-        count, gates = self.measured.clamp(min=1).to(g.dtype), self.gates()
+        count = self.measured.clamp(min=1).to(g.dtype)
         share = 6 * count / ((count + 1) * (2 * count + 1))  # of t² in 1 + 4 + … + t²
-        self.benefit.lerp_(-g / (SLOPE * gates * (1 - gates)), held * share)
+        self.benefit.lerp_(-4 / SLOPE * g, held * share)
 
     def reached(self) -> bool | None:
         """None before the gates are measured or move, then False: a stage that does so keeps its last epoch."""
@@ -254,9 +265,10 @@ class LeAP(nn.Module):
         return int(self.steps + self.measured)
 
     def worth(self) -> Tensor:
-        """What ranks the gates, `[F, 1]` or `[F, D]`: the benefit where it was measured, else θ."""
-        theta = self.theta.detach()
-        return theta if self.by_gate else torch.where(self.measured > 0, self.benefit, theta)
+        """What ranks the gates, `[F, 1]` or `[F, D]`: closed ones by the benefit, where it was measured."""
+        gates = self.gates().detach()
+        closed = (gates <= 0.5) & (self.measured > 0) & (not self.by_gate)
+        return torch.where(closed, self.benefit.clamp(max=0.5), gates)
 
     def polarisation(self) -> Tensor:
         """Mean 2|g − ½|, `[]`."""
@@ -279,10 +291,9 @@ class LeAP(nn.Module):
         return Selection(names, dims=dict(zip(self.fields.names, kept.clone(), strict=True)) if by_dim else {})
 
     def scores(self) -> Mapping[str, Tensor]:
-        """What the warm-up has measured of each field, `[]`, or its gate with `official`, `per: dim` or no warm-up."""
-        if not self.by_gate and int(self.measured):
-            return dict(zip(self.fields.names, self.benefit.squeeze(1), strict=True))
-        return dict(zip(self.fields.names, self._field_gates(), strict=True))
+        """What ranks each field, `[]`; where every dimension has a gate, their mean."""
+        found = self._field_gates() if self.shape[1] > 1 else self.worth().squeeze(1)
+        return dict(zip(self.fields.names, found, strict=True))
 
     def _field_gates(self) -> Tensor:
         """The gate of each field, the mean of those that mix something where every dimension has one, `[F]`."""

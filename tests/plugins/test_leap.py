@@ -172,6 +172,7 @@ def test_open_gates_pass_on_the_very_bits_and_shut_ones_only_the_copy():
     x = torch.randn(8, F, D)
     for theta, want in ((9.0, x), (-90.0, None)):
         made = LeAP(FIELDS)
+        made.anneal(1.0)
         with torch.no_grad():
             made.theta.fill_(theta)
         torch.manual_seed(1)
@@ -356,7 +357,14 @@ def test_the_score_is_the_mean_gain_by_a_wider_gate_with_later_steps_of_more_wei
             weight += (step + 1) ** 2
         made.search_step(0.05)
     assert int(made.measured) == 8
-    torch.testing.assert_close(torch.stack(list(made.scores().values())), found / weight, rtol=1e-9, atol=1e-12)
+    benefit = found / weight
+    torch.testing.assert_close(made.benefit.flatten(), benefit, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        made.theta[1:3] = -0.3
+    gates = [float(g) for g in made.gates().detach()]
+    assert {g > 0.5 for g in gates} == {True, False}
+    wanted = [g if g > 0.5 else min(b, 0.5) for g, b in zip(gates, benefit.tolist(), strict=True)]
+    assert [float(score) for score in made.scores().values()] == pytest.approx(wanted)
     told = made.report(x)["fields"]["f2"]
     assert told["benefit"] == pytest.approx(float(found[2] / weight))
     assert told["gate"] == pytest.approx(float(made.gates()[2].detach()))
@@ -383,25 +391,29 @@ def test_half_open_gates_find_no_gain_in_noise_whatever_the_network_and_wider_on
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(F * D, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
     mean = {}
-    for theta in (0.0, 0.4):
+    for theta in (None, 0.4):
         found = []
         for step in range(300):
             made = leap(spread=0, copies=copies)
-            with torch.no_grad():
-                made.theta.fill_(theta)
-            made.anneal(0.0)
+            if theta is None:
+                made.anneal(0.0)  # held at ½, wherever θ is
+            else:
+                with torch.no_grad():
+                    made.theta.fill_(theta)
             x, y = vectors(64, step), torch.rand(64, dtype=torch.float64).round()
             y[x[:, 0, 0] > 0.5] = 1.0  # the first field tells something
             seen = made(x, x)
             logit = 3 * network(seen.flatten(1)).squeeze(1) + 2 * seen[:, 0, 0]
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, y)
             (made.theta.grad,) = torch.autograd.grad(loss, made.theta)
+            gates = made.gates().detach()
+            by_hand = -made.theta.grad / (5 * gates * (1 - gates))
             made.search_step(0.01)
-            found.append(made.benefit.flatten().clone())
+            found.append((made.benefit if theta is None else by_hand).flatten().clone())
         each = torch.stack(found)
         mean[theta] = each.mean(0) / (each.std(0) / len(found) ** 0.5)
-    assert (mean[0.0][1:].abs() < 4).all(), mean
-    assert mean[0.0][0] > 10, mean
+    assert (mean[None][1:].abs() < 4).all(), mean
+    assert mean[None][0] > 10, mean
     assert mean[0.4][1:].mean() < -3, mean
 
 
@@ -422,7 +434,8 @@ def test_polarised_gates_decide_by_themselves_others_by_rank_and_nothing_is_neve
     assert kept([-0.3, -0.1, -0.2, 0.05], share=0.75) == ("f1", "f2", "f3")
     assert kept([1.0, 0.9, 0.8, 0.7]) == FIELDS.names
     assert kept([1.0, 0.9, 0.8, 0.7], preset="official") == ("f0", "f1")
-    assert kept([0.1, -0.1, -0.2, 0.05], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f1", "f2"), "undecided: by the benefit"
+    assert kept([0.1, -0.1, -0.2, 0.05], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f0", "f3"), "undecided: open ones"
+    assert kept([0.1, -0.1, -0.2, -0.05], measured=[-1.0, 0.1, 0.2, 0.0]) == ("f0", "f2"), "then by the benefit"
     assert kept([1.0, -1.0, 0.6, -0.9], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f0", "f2")
     assert kept([-1.0, -1.1, -1.2, -1.3], measured=[-1.0, 2.0, 1.0, 0.0]) == ("f0",)
     assert kept([1.0, 1.0, 1.0, 1.0], preset="official") == FIELDS.names, "before a search nothing is left out"
