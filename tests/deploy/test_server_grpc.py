@@ -274,7 +274,10 @@ def test_connections_and_calls_beyond_the_limits_are_refused_until_some_end(whol
         stubs = [made.stub, pb.stub(again)]  # of one connection, only as many come as may; the rest wait in the client
         asked = [stub.ModelInfer.future(large, timeout=60) for _ in range(15) for stub in stubs]
         codes = [None if (error := call.exception()) is None else error.code() for call in asked]
-        assert set(codes) == {None, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        # Of a busy server, whichever of its two bounds is met first.
+        refusals = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
+        assert None in codes
+        assert set() < set(codes) - {None} <= refusals
         assert made.stub.ServerReady(ready, timeout=20).ready
     finally:
         for channel in channels:
