@@ -62,6 +62,7 @@ class RowEncoder:
         self._take = _taker([c.column for c in spec.ids])
         self._numbers = _Numbers(spec.numbers)
         self._number_ids = [NUMERIC_VALUE_ID] * len(spec.numbers)
+        self._ones = np.ones((_SINGLY, len(spec.ids) + len(spec.numbers)), dtype=np.float32)
 
     def _id_columns(self) -> Iterable[IdColumn]:
         return chain(self.spec.ids, *(group.columns for group in self.spec.lists))
@@ -128,7 +129,7 @@ class RowEncoder:
         if scaled is None:
             return self._with_numbers(np.array(ids, dtype=np.int64).reshape(len(rows), -1), self._numbers.coded(x))
         whole = np.array([found + self._number_ids for found in ids], dtype=np.int64)
-        values = np.ones(whole.shape, dtype=np.float32)
+        values = self._ones[: len(rows)].copy()
         values[:, -x.shape[1] :] = scaled
         return Encoded(whole, values)
 
@@ -245,7 +246,7 @@ class _Numbers:
     def scaled(self, x: Floats) -> Floats | None:
         """The values of numbers `[B, N]` that are all there and of a usual size, in few steps; else None."""
         # One number says it of all: a NaN makes it one, and what is far too large makes it large.
-        return self._standardised(x) if self._modest and np.vdot(x, x) <= _USUAL**2 else None
+        return self._standardised(x) if self._modest and np.abs(x).max() <= _USUAL else None
 
     def _standardised(self, x: Floats) -> Floats:
         y = x
