@@ -352,7 +352,9 @@ class Evolve:
         log = self._search(run, search, scorer, cost)
         finalists = self._finalists(run, search, scorer)
         if not finalists:
-            raise RecipeError(f"{run.stage}: '{run.train.monitor}' is undefined on the validation split")
+            sampled = scorer.rows is not None and not search.best(1)
+            where = f"{len(scorer.rows):,} of the rows of " if sampled else ""
+            raise RecipeError(f"{run.stage}: '{run.train.monitor}' is undefined on {where}the validation split")
         best = max(finalists, key=lambda c: finalists[c])
         embedding.decide(best)
         run.keep_weights()

@@ -296,6 +296,12 @@ def test_the_same_seed_finds_the_same_and_a_budget_is_kept(tmp_path):
         run_stages(build(), recipe, registry)
 
 
+def test_a_sample_of_one_class_is_named_in_the_error(tmp_path):
+    build, recipe, registry = start(tmp_path, "[{use: evolve, generations: 0, population: 1, rows: 1}]")
+    with pytest.raises(RecipeError, match="'auc' is undefined on 1 of the rows of the validation split"):
+        run_stages(build(), recipe, registry)
+
+
 def test_train_resume_and_predict(tmp_path):
     """A run that was stopped after the search goes on to the same bits, and scores raw rows."""
     runner = CliRunner()
