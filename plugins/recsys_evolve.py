@@ -352,8 +352,8 @@ class Evolve:
         log = self._search(run, search, scorer, cost)
         finalists = self._finalists(run, search, scorer)
         if not finalists:
-            sampled = scorer.rows is not None and not search.best(1)
-            where = f"{len(scorer.rows):,} of the rows of " if sampled else ""
+            sampled = scorer.rows if not search.best(1) else None
+            where = "" if sampled is None else f"{len(sampled):,} of the rows of "
             raise RecipeError(f"{run.stage}: '{run.train.monitor}' is undefined on {where}the validation split")
         best = max(finalists, key=lambda c: finalists[c])
         embedding.decide(best)
