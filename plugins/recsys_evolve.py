@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from recsys.api import (
     Batch,
     Component,
+    EncodedSchema,
     Fields,
     Layout,
     Predictions,
     RecipeError,
     Run,
     Selection,
+    Stored,
     TrainBatches,
     hookimpl,
     measure,
+    pruned_bytes,
 )
 
 Candidate = tuple[int, ...]
@@ -50,6 +53,9 @@ class Elastic(Protocol):
 
     fields: Fields
     layout: Layout
+    schema: EncodedSchema
+    stored: Stored
+    """How numbers are stored in the end: what `check_budget` was told."""
 
     def sizes(self) -> Mapping[str, int]:
         """Vocabulary → number of kept rows, in the order of a candidate."""
@@ -296,8 +302,8 @@ class Evolve:
         crossovers: of each generation.
         mutation: probability with which a mutant's width is drawn anew.
         parents: how many of the best have children.
-        budget: most bytes of the pruned embedding, as a share of those of the whole table; larger candidates are never
-            chosen.
+        budget: most bytes of the pruned embedding, as a share of those of the whole table in float32; larger candidates
+            are never chosen. With the stage `quantize`, numbers count as they are stored in the end.
         recalibration: training batches on which batch normalisation is averaged anew for each candidate; 0 leaves its
             statistics as training on random widths left them. It costs as many forward passes per candidate.
         rows: of the validation split, drawn once, that candidates are compared on; the best five are then scored on
@@ -392,29 +398,35 @@ class Evolve:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of the pruned embedding under a candidate: 4 Σ k_f d_f, and what finds the rows.
+    """Bytes of the pruned embedding under a candidate, as stored in the end: n Σ k_f d_f, and what finds the rows.
 
     Args:
         rows: k, the kept rows of each vocabulary.
         fixed: bytes that do not depend on the widths.
-        whole: bytes of the whole table.
+        whole: bytes of the whole table in float32.
+        number: n, bytes of a number.
     """
 
     rows: Candidate
     fixed: int
     whole: int
+    number: int = 4
 
     @classmethod
     def of(cls, embedding: Elastic) -> Cost:
         """Measure what does not depend on widths with all of them whole."""
-        rows = tuple(embedding.sizes().values())
-        whole = sum(t.nbytes for t in embedding.prune(embedding.kept()).export_tables().values())
-        fixed = whole - 4 * sum(rows) * embedding.fields.dim
-        return cls(rows, fixed, 4 * sum(embedding.layout.rows) * embedding.fields.dim)
+        rows, dim, stored = tuple(embedding.sizes().values()), embedding.fields.dim, embedding.stored
+        kept = embedding.kept()
+        found = sum(t.nbytes for t in embedding.prune(kept).export_tables().values())
+        fixed = found - 4 * sum(rows) * dim
+        number = 4 if stored == "float32" else 2 if stored == "float16" else 1
+        if number < 4:
+            fixed = pruned_bytes(embedding.schema, dim, kept, stored) - number * sum(rows) * dim
+        return cls(rows, fixed, 4 * sum(embedding.layout.rows) * dim, number)
 
     def __call__(self, candidate: Candidate) -> int:
         """Bytes of the pruned embedding."""
-        return self.fixed + 4 * sum(k * d for k, d in zip(self.rows, candidate, strict=True))
+        return self.fixed + self.number * sum(k * d for k, d in zip(self.rows, candidate, strict=True))
 
 
 def repeated(batch: Batch, times: int) -> Batch:

@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from recsys.api import Component, EncodedSchema, Run, Selection, Table, hookimpl, pruned_table
+from recsys.api import Component, EncodedSchema, Run, Selection, Stored, Table, hookimpl, pruned_table
 
 SAMPLE = 128
 """Rows of each vocabulary that the guard looks at after a step."""
@@ -96,6 +96,8 @@ class OptEmbed(Table):
         self.register_buffer("row_kept", None, persistent=False)  # [N] bool, once it is decided
         self.register_buffer("widths", None, persistent=False)  # [V] int64
         self.trial: Tensor | None = None
+        self.stored: Stored = "float32"
+        """How numbers are stored in the end, for the budget of `evolve`."""
         self._seen: dict[str, Tensor] = {}
         self._drawn: Tensor | None = None
 
@@ -193,6 +195,10 @@ class OptEmbed(Table):
         self.trial = masks
         if not same_rows:
             self._seen = {}
+
+    def check_budget(self, stored: Stored) -> None:
+        """Take note of how numbers are stored in the end; there is no budget here to refuse."""
+        self.stored = stored
 
     def decide(self, widths: Sequence[int]) -> None:
         """Keep the rows that are kept now, and these widths; thresholds no longer move."""

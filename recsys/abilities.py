@@ -41,6 +41,18 @@ class Supervised(Protocol):
 
 
 @runtime_checkable
+class Divided(Protocol):
+    """An interaction whose one logit is the dot product of two sides, which an index of items can find by."""
+
+    def sides(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, F, D] -> [B, W], [B, W]`: what the user's fields give and the item's; the logit is their product.
+
+        That neither reads the other's fields is tested where an index is made.
+        """
+        ...
+
+
+@runtime_checkable
 class Deciding(Protocol):
     """An embedding that learns itself what to leave out. The stage `prune` asks it beside the selector."""
 

@@ -3,8 +3,9 @@
 logit(u, i) = c(u) + ⟨p(u), q(i)⟩. Let x_U be what the model makes of everything but the item's fields. Where the logit
 is linear in x_U as far as the item takes part in it, q(i) = [∂logit/∂x_U at x_U = 0, the logit there], p(u) = [x_U, 1];
 c does not depend on the item, and changes no ranking. That holds for first-order weights, factorisation machines and
-other sums of pairs, not for perceptrons. Nobody has to say so: pairs of rows and items are scored both ways, and
-compared.
+other sums of pairs, not for perceptrons. Interactions that are two sides by themselves (`abilities.Divided`), such as
+two towers, add theirs to both. Nobody has to say that a model is a dot product: pairs of rows and items are scored both
+ways, and compared.
 
 Vectors are shortened to the directions in which items differ: for a factorisation machine, to its dimensions and one.
 Rendle, "Factorization Machines", ICDM 2010, §V.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from recsys import abilities
 from recsys.contracts import NULL_ID, Batch, EncodedSchema
 from recsys.errors import ExportError, did_you_mean, listing
 from recsys.nn.layout import Guard, Layout
@@ -46,7 +48,7 @@ class Sides:
 
 
 class User(nn.Module):
-    """The vector of a row: `[x_U P, 1]`, from the inputs of the graph; the item's fields of the row have no say."""
+    """The vector of a row: `[x_U P, 1, p …]`, from the inputs of the graph; the row's own item has no say."""
 
     def __init__(self, model: Model, item: Sequence[int], directions: Tensor) -> None:
         super().__init__()
@@ -72,7 +74,8 @@ class User(nn.Module):
         ids = self.guard(inputs[0]) * self.get_buffer("shown")  # NULL_ID where the item's are
         x = self.model.represent(ids, values, histories)  # [B, F', D]
         own = x.index_select(1, self.get_buffer("free")).flatten(1)  # [B, |U|·D]
-        return torch.cat([own @ self.get_buffer("directions"), torch.ones_like(own[:, :1])], 1)
+        towers = [part.sides(x)[0] for part in _divided(self.model).values()]
+        return torch.cat([own @ self.get_buffer("directions"), torch.ones_like(own[:, :1]), *towers], 1)
 
 
 def two_sides(model: Model, item: Sequence[str], items: Batch, task: str) -> Sides:
@@ -95,16 +98,16 @@ def two_sides(model: Model, item: Sequence[str], items: Batch, task: str) -> Sid
         raise ExportError(f"--task: no task {task!r}. Tasks: {listing(model.schema.tasks)}")
     at = [names.index(name) for name in item]
     model = model.eval()
-    slopes, constant = _items(model, at, items, task)
+    slopes, constant, towers = _items(model, at, items, task)
     directions = _directions(slopes)
     user = User(model, at, directions.float()).eval()
-    vectors = torch.cat([slopes @ directions, constant[:, None]], 1).float()
+    vectors = torch.cat([slopes @ directions, constant[:, None], towers], 1).float()
     gap, largest = _gap(model, user, at, vectors, items, random_rows(model.schema), task)
     if not gap <= TOLERANCE * max(largest, 1.0):
         raise ExportError(
             f"the logit of {task!r} is no dot product of {', '.join(item)} with the rest: its scores differ by "
             f"{gap:.3g} from one (up to {TOLERANCE * max(largest, 1.0):.1g} is rounding); it needs sums of pairs, "
-            "without a perceptron and without attention of the item to a history"
+            "or two towers, without a perceptron on both and without attention of the item to a history"
         )
     return Sides(vectors, user, gap)
 
@@ -129,9 +132,20 @@ def random_rows(schema: EncodedSchema, count: int = 128, seed: int = 1) -> Batch
     return Batch(ids([field.rows for field in schema.fields], count), values if schema.has_numeric else None, history)
 
 
-def _items(model: Model, at: Sequence[int], items: Batch, task: str) -> tuple[Tensor, Tensor]:
-    """`(∂logit/∂x_U [I, |U|·D], logit at x_U = 0 [I])` float64."""
-    slopes, constants = [], []
+def _divided(model: Model) -> dict[int, abilities.Divided]:
+    """The interactions that are two sides by themselves, by place; members of an ensemble are not asked."""
+    if model.head.members > 1:
+        return {}
+    return {i: part for i, part in enumerate(model.interactions) if isinstance(part, abilities.Divided)}
+
+
+def _items(model: Model, at: Sequence[int], items: Batch, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`(∂logit/∂x_U [I, |U|·D], logit at x_U = 0 [I], the item's sides of the towers [I, Σ W])` float64.
+
+    The first two are of the logit without the towers.
+    """
+    slopes, constants, sides = [], [], []
+    towers = _divided(model)
     for first in range(0, len(items), _CHUNK):
         ids, values, empty = _alone(model, at, items, slice(first, first + _CHUNK))
         with torch.no_grad():
@@ -139,11 +153,13 @@ def _items(model: Model, at: Sequence[int], items: Batch, task: str) -> tuple[Te
         free = [c for c in range(x.shape[1]) if c not in at]
         zero = torch.zeros(len(ids), len(free), x.shape[2], requires_grad=True)
         whole = x.detach().index_copy(1, torch.tensor(free), zero)
-        logit = model.decide(whole, ids, values)[task]
+        logit = model.decide(whole, ids, values, without=tuple(towers))[task]
         (slope,) = torch.autograd.grad(logit.sum(), zero, allow_unused=True, materialize_grads=True)
         slopes.append(slope.flatten(1).double())
         constants.append(logit.detach().double())
-    return torch.cat(slopes), torch.cat(constants)
+        with torch.no_grad():
+            sides.append(torch.cat([x[:, 0, :0], *(part.sides(x)[1] for part in towers.values())], 1).double())
+    return torch.cat(slopes), torch.cat(constants), torch.cat(sides)
 
 
 def _alone(

@@ -148,9 +148,17 @@ class Model(nn.Module):
             parts.append(pooled.unflatten(1, (len(h.columns), -1)))  # [B, K, D]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def decide(self, x: Tensor, ids: Tensor, values: Tensor | None = None) -> dict[str, Tensor]:
-        """What follows `represent`: `[B, F', D], [B, F], [B, F] -> {task: [B]}`; ids for the first-order weights."""
-        return cast("dict[str, Tensor]", self.head(self._interact(x), ids, values))
+    def decide(
+        self, x: Tensor, ids: Tensor, values: Tensor | None = None, without: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
+        """What follows `represent`: `[B, F', D], [B, F], [B, F] -> {task: [B]}`; ids for the first-order weights.
+
+        The interactions at the places `without` say nothing.
+        """
+        outputs = self._interact(x)
+        for at in without:
+            outputs[at] = torch.zeros_like(outputs[at])
+        return cast("dict[str, Tensor]", self.head(outputs, ids, values))
 
     def _interact(self, x: Tensor) -> list[Tensor]:
         """The outputs of the interactions, each `[B, H_i]`."""

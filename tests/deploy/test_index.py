@@ -28,14 +28,20 @@ FACTORS: dict[str, Any] = {
     "sequence": "mean_pool",
     "head": {"wide": True},
 }
+TOWERS: dict[str, Any] = {
+    "embedding": {"use": "table", "dim": 4, "init_std": 0.3},
+    "interaction": {"use": "two_tower", "item": ["item", "shop"], "hidden": [8], "dim": 5},
+    "sequence": "mean_pool",
+}
+BOTH: dict[str, Any] = {**FACTORS, "interaction": [TOWERS["interaction"], "fm"]}
 CATALOGUE = pl.DataFrame({"item": [f"i{n}" for n in range(30)], "shop": [f"s{n % 9}" for n in range(30)]})
 LOGS = made.LOGS.drop("click", "buy")
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
+@pytest.fixture(scope="module", params=[FACTORS, TOWERS, BOTH], ids=["fm", "two_tower", "both"])
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
     folder = tmp_path_factory.mktemp("index")
-    encoder, model = made.write(folder / "bundle", DATA, FACTORS)
+    encoder, model = made.write(folder / "bundle", DATA, request.param)
     sides = two_sides(model, ["item", "shop"], encoded(encoder, CATALOGUE), "click")
     user = onnx_of(sides.user, model.schema, ["vector"])
     predictor = load(folder / "bundle")
@@ -74,17 +80,21 @@ def test_the_top_of_the_index_is_that_of_the_trainers_scores(parts: tuple[Any, M
     assert len({best[0].item for best in exact}) > 2  # rows differ in what they want
 
 
-def test_vectors_are_as_short_as_the_model_allows(parts: tuple[Any, Model, Path]) -> None:
-    encoder, model, _ = parts
-    sides = two_sides(model, ["item"], encoded(encoder, CATALOGUE), "click")
-    assert sides.items.shape == (30, 4 + 1)
-    assert sides.gap <= 1e-5
-
-
 def sides_of(model: dict[str, Any], item: str = "item", task: str = "click") -> Sides:
     encoder = made.encoder_of(DATA)
     built = made.model_of(encoder, DATA, {"embedding": FACTORS["embedding"], **model})
     return two_sides(built, [item], encoded(encoder, CATALOGUE), task)
+
+
+@pytest.mark.parametrize(
+    ("model", "width"),
+    [(FACTORS, 4 + 1), ({**TOWERS, "interaction": {**TOWERS["interaction"], "item": ["item"]}}, 5 + 1)],
+    ids=["fm", "two_tower"],
+)
+def test_vectors_are_as_short_as_the_model_allows(model: dict[str, Any], width: int) -> None:
+    sides = sides_of(model)
+    assert sides.items.shape == (30, width)
+    assert sides.gap <= 1e-5
 
 
 def test_first_order_weights_alone_are_two_sides() -> None:
@@ -100,8 +110,11 @@ def test_first_order_weights_alone_are_two_sides() -> None:
         {"interaction": ["fm", {"use": "mlp", "hidden": [8]}]},
         {"interaction": "cross"},
         {"interaction": "fm", "sequence": "din"},
+        {**TOWERS, "interaction": {**TOWERS["interaction"], "item": ["item"]}, "sequence": "din"},
+        {**TOWERS, "interaction": {**TOWERS["interaction"], "item": ["shop"]}},
+        {"interaction": [TOWERS["interaction"], {"use": "mlp", "hidden": [8]}]},
     ],
-    ids=["mlp", "deepfm", "cross", "din"],
+    ids=["mlp", "deepfm", "cross", "din", "towers with din", "towers of another field", "towers and mlp"],
 )
 def test_models_that_are_no_dot_product_are_refused(model: dict[str, Any]) -> None:
     with pytest.raises(ExportError, match=r"no dot product of item with the rest: its scores differ by [0-9.e-]+ "):

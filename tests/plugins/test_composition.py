@@ -24,7 +24,7 @@ def build(embedding, interaction):
     if isinstance(table, Counting):
         table.take_counts({f.name: 1 + torch.arange(f.rows).flip(0) % 7 for f in SCHEMA.fields})
     fields = Model.consumer_fields(SCHEMA, table)
-    named = {"macr": {"user": "a", "item": "c"}}  # it reads two fields by name
+    named = {"macr": {"user": "a", "item": "c"}, "two_tower": {"item": ["c"]}}  # they read fields by name
     wanted = {"use": interaction, **named.get(interaction, {})}
     part = REGISTRY.build("interaction", wanted, fields, where="model.interaction")
     return Model(SCHEMA, table, KeepAll(table.fields), {}, [part], Head(SCHEMA, [part], wide=True))

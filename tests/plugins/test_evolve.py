@@ -19,6 +19,7 @@ from recsys.cli import app
 from recsys.data.batches import TrainBatches
 from recsys.data.prepare import prepare
 from recsys.errors import RecipeError
+from recsys.nn.quantize import quantized
 from recsys.plugin.registry import load_registry
 from recsys.recipe.build import build_run, build_source, data_root
 from recsys.recipe.check import find_recipe, load_recipe
@@ -214,12 +215,18 @@ def test_with_recalibration_each_candidate_has_the_statistics_of_its_own_rows(tr
         assert score != pytest.approx(auc_of(trained, candidate), abs=1e-6)
 
 
-def test_the_bytes_of_a_candidate_are_those_of_the_pruned_table(trained):
-    cost = Cost.of(trained.model.embedding)
+@pytest.mark.parametrize("stored", ["float32", "float16", "int8"])
+def test_the_bytes_of_a_candidate_are_those_of_the_pruned_table(trained, stored):
+    embedding = copy.deepcopy(trained.model.embedding)
+    embedding.check_budget(stored)
+    cost = Cost.of(embedding)
+    assert cost.whole == embedding.weight.nbytes
     for candidate in ((8,) * 10, (1,) * 10, (*range(1, 9), 3, 5)):
-        decided = copy.deepcopy(trained.model.embedding)
+        decided = copy.deepcopy(embedding)
         decided.decide(candidate)
         smaller = decided.prune(decided.kept())
+        if stored != "float32":
+            smaller = quantized(trained.model.schema, smaller, stored)
         assert cost(candidate) == sum(t.nbytes for t in smaller.export_tables().values())
 
 
@@ -294,6 +301,17 @@ def test_the_same_seed_finds_the_same_and_a_budget_is_kept(tmp_path):
     build, recipe, registry = start(tmp_path / "d", STAGES % ", budget: 0.01")
     with pytest.raises(RecipeError, match=r"a budget of 0\.01 is "):
         run_stages(build(), recipe, registry)
+
+
+def test_the_budget_counts_numbers_as_they_are_stored_in_the_end(tmp_path):
+    stages = STAGES.replace("{use: evaluate}", "{use: quantize, to: int8}, {use: evaluate}") % ", budget: 0.15"
+    build, recipe, registry = start(tmp_path, stages)
+    run = build()
+    run_stages(run, recipe, registry)
+    found = json.loads((tmp_path / "run" / "2-evolve" / "search.json").read_text())
+    stored = sum(t.nbytes for t in run.model.embedding.export_tables().values())
+    assert stored == found["bytes"] <= 0.15 * run.build_model(0).embedding.weight.nbytes
+    assert sum(found["best"]) > len(found["best"]), "a budget in float32 has room for one dimension of each"
 
 
 def test_a_sample_of_one_class_is_named_in_the_error(tmp_path):

@@ -14,7 +14,7 @@ SEQUENCES = REGISTRY.names("sequence")
 ALONE = {"fwfm", "fm", "nfm"}
 """Sums over pairs of fields: of one field there are none, and the output is a constant."""
 
-NAMED = {"macr": {"user": "f0", "item": "f1"}}
+NAMED = {"macr": {"user": "f0", "item": "f1"}, "two_tower": {"item": ["f1"]}}
 """Options of layers that read fields by name."""
 
 
