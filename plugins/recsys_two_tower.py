@@ -27,7 +27,7 @@ class TwoTower(nn.Module):
     1, and τ).
 
     Args:
-        item: fields of the item.
+        item: fields of the item; the name of a sequence or of a multi-valued field stands for all of its columns.
         hidden: width of each layer of both perceptrons; with none of them, each tower is one linear map.
         dim: W, the width of p and q.
         normalize: divide p and q by their length.
@@ -86,13 +86,14 @@ class TwoTower(nn.Module):
 def _divided(fields: Fields, item: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """Places of the item's fields, and of all others."""
     path = ("model", "interaction", "item")
+    owners = [{name, name.partition(".")[0]} for name in fields.names]  # `genres.genres` goes by `genres` too
     for name in item:
-        if name not in fields.names:
+        if not any(name in owner for owner in owners):
             near = difflib.get_close_matches(name, fields.names, 1)
             hint = f"; did you mean '{near[0]}'?" if near else "."
             raise RecipeError(f"item: no field '{name}'{hint} Fields: {', '.join(fields.names)}", path=path)
-    mine = [f for f, name in enumerate(fields.names) if name in item]
-    others = [f for f, name in enumerate(fields.names) if name not in item]
+    mine = [f for f, owner in enumerate(owners) if not owner.isdisjoint(item)]
+    others = [f for f, owner in enumerate(owners) if owner.isdisjoint(item)]
     if not mine or not others:
         side = "item" if not mine else "user"
         raise RecipeError(f"item: two towers need a field each, and none of {len(fields)} is the {side}'s", path=path)

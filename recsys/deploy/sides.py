@@ -47,19 +47,52 @@ class Sides:
     gap: float
 
 
+@dataclass(frozen=True)
+class _Item:
+    """Where an item's fields stand.
+
+    Args:
+        fields: places among the fields.
+        histories: names of its sequences and multi-valued fields.
+        columns: places of all of these among the columns of x.
+        free: places of all other columns.
+    """
+
+    fields: tuple[int, ...]
+    histories: tuple[str, ...]
+    columns: tuple[int, ...]
+    free: tuple[int, ...]
+
+    @classmethod
+    def of(cls, schema: EncodedSchema, item: Sequence[str]) -> _Item:
+        names = [field.name for field in schema.fields]
+        lists = [history.name for history in schema.histories]
+        for name in item:
+            if name not in names and name not in lists:
+                known = [*names, *lists]
+                raise ExportError(f"--items: no field {name!r}.{did_you_mean(name, known)} Fields: {listing(known)}")
+        owners = [*names, *(history.name for history in schema.histories for _ in history.columns)]
+        return cls(
+            tuple(f for f, name in enumerate(names) if name in item),
+            tuple(name for name in lists if name in item),
+            tuple(c for c, owner in enumerate(owners) if owner in item),
+            tuple(c for c, owner in enumerate(owners) if owner not in item),
+        )
+
+
 class User(nn.Module):
     """The vector of a row: `[x_U P, 1, p …]`, from the inputs of the graph; the row's own item has no say."""
 
-    def __init__(self, model: Model, item: Sequence[int], directions: Tensor) -> None:
+    def __init__(self, model: Model, item: _Item, directions: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.item = item
         layout = Layout.of(model.schema)
         self.guard = Guard(layout.fields)
         self.guards = nn.ModuleList(Guard(columns) for columns in layout.histories.values())
-        free = [c for c in range(len(layout.columns)) if c not in item]
-        self.register_buffer("free", torch.tensor(free, dtype=torch.int64))
+        self.register_buffer("free", torch.tensor(item.free, dtype=torch.int64))
         shown = torch.ones(len(layout.fields), dtype=torch.int64)
-        shown[list(item)] = 0
+        shown[list(item.fields)] = 0
         self.register_buffer("shown", shown)
         self.register_buffer("directions", directions)
 
@@ -70,7 +103,10 @@ class User(nn.Module):
         histories = {}
         for i, history in enumerate(schema.histories):
             events, length = rest[2 * i], rest[2 * i + 1]
-            histories[history.name] = (self.guards[i](events), length.clamp(0, events.shape[1]))
+            length = length.clamp(0, events.shape[1])
+            if history.name in self.item.histories:  # the events stay an input of the graph, but none is looked at
+                length = length * 0
+            histories[history.name] = (self.guards[i](events), length)
         ids = self.guard(inputs[0]) * self.get_buffer("shown")  # NULL_ID where the item's are
         x = self.model.represent(ids, values, histories)  # [B, F', D]
         own = x.index_select(1, self.get_buffer("free")).flatten(1)  # [B, |U|·D]
@@ -83,20 +119,16 @@ def two_sides(model: Model, item: Sequence[str], items: Batch, task: str) -> Sid
 
     Args:
         model: trained; it stays as it is.
-        item: names of the item's fields.
+        item: names of the item's fields; a sequence or a multi-valued field goes by its own name.
         items: encoded items; of their rows only the item's fields are read.
         task: whose logit.
 
     Raises:
         ExportError: a name is no field, or the logit is no dot product.
     """
-    names = [field.name for field in model.schema.fields]
-    for name in item:
-        if name not in names:
-            raise ExportError(f"--items: no field {name!r}.{did_you_mean(name, names)} Fields: {listing(names)}")
+    at = _Item.of(model.schema, item)
     if task not in model.schema.tasks:
         raise ExportError(f"--task: no task {task!r}. Tasks: {listing(model.schema.tasks)}")
-    at = [names.index(name) for name in item]
     model = model.eval()
     slopes, constant, towers = _items(model, at, items, task)
     directions = _directions(slopes)
@@ -139,7 +171,7 @@ def _divided(model: Model) -> dict[int, abilities.Divided]:
     return {i: part for i, part in enumerate(model.interactions) if isinstance(part, abilities.Divided)}
 
 
-def _items(model: Model, at: Sequence[int], items: Batch, task: str) -> tuple[Tensor, Tensor, Tensor]:
+def _items(model: Model, at: _Item, items: Batch, task: str) -> tuple[Tensor, Tensor, Tensor]:
     """`(∂logit/∂x_U [I, |U|·D], logit at x_U = 0 [I], the item's sides of the towers [I, Σ W])` float64.
 
     The first two are of the logit without the towers.
@@ -150,9 +182,8 @@ def _items(model: Model, at: Sequence[int], items: Batch, task: str) -> tuple[Te
         ids, values, empty = _alone(model, at, items, slice(first, first + _CHUNK))
         with torch.no_grad():
             x = model.represent(ids, values, empty)
-        free = [c for c in range(x.shape[1]) if c not in at]
-        zero = torch.zeros(len(ids), len(free), x.shape[2], requires_grad=True)
-        whole = x.detach().index_copy(1, torch.tensor(free), zero)
+        zero = torch.zeros(len(ids), len(at.free), x.shape[2], requires_grad=True)
+        whole = x.detach().index_copy(1, torch.tensor(at.free), zero)
         logit = model.decide(whole, ids, values, without=tuple(towers))[task]
         (slope,) = torch.autograd.grad(logit.sum(), zero, allow_unused=True, materialize_grads=True)
         slopes.append(slope.flatten(1).double())
@@ -163,21 +194,23 @@ def _items(model: Model, at: Sequence[int], items: Batch, task: str) -> tuple[Te
 
 
 def _alone(
-    model: Model, at: Sequence[int], items: Batch, part: slice
+    model: Model, at: _Item, items: Batch, part: slice
 ) -> tuple[Tensor, Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
     """Items with nothing else in their rows."""
-    given = items.ids[part]
+    given, own = items.ids[part], list(at.fields)
     ids = torch.full_like(given, NULL_ID)
-    ids[:, list(at)] = given[:, list(at)]
+    ids[:, own] = given[:, own]
     values = None
     if items.values is not None:
         values = torch.ones_like(items.values[part])
-        values[:, list(at)] = items.values[part][:, list(at)]
-    empty = {
-        h.name: (torch.full((len(ids), 1, len(h.columns)), NULL_ID), torch.zeros(len(ids), dtype=torch.int64))
-        for h in model.schema.histories
-    }
-    return ids, values, empty
+        values[:, own] = items.values[part][:, own]
+    histories = {}
+    for h in model.schema.histories:
+        events, length = torch.full((len(ids), 1, len(h.columns)), NULL_ID), torch.zeros(len(ids), dtype=torch.int64)
+        if h.name in at.histories:
+            events, length = (t[part] for t in items.history[h.name])
+        histories[h.name] = (events, length)
+    return ids, values, histories
 
 
 def _directions(slopes: Tensor) -> Tensor:
@@ -190,11 +223,11 @@ def _directions(slopes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _gap(
-    model: Model, user: User, at: Sequence[int], vectors: Tensor, items: Batch, rows: Batch, task: str
+    model: Model, user: User, at: _Item, vectors: Tensor, items: Batch, rows: Batch, task: str
 ) -> tuple[float, float]:
     """`(largest difference, largest logit)` over rows and items, less what each row adds to all items."""
     some = torch.linspace(0, len(items) - 1, min(len(items), 64)).long()
-    history = rows.history
+    history = dict(rows.history)
     inputs = [
         rows.ids,
         *([] if rows.values is None else [rows.values]),
@@ -202,13 +235,17 @@ def _gap(
     ]
     products = user(*inputs) @ vectors[some].T  # [B, some]
     logits = []
+    own = list(at.fields)
     for i in some.tolist():
         ids = rows.ids.clone()
-        ids[:, list(at)] = items.ids[i, list(at)]
+        ids[:, own] = items.ids[i, own]
         values = rows.values
         if values is not None and items.values is not None:
             values = values.clone()
-            values[:, list(at)] = items.values[i, list(at)]
+            values[:, own] = items.values[i, own]
+        for name in at.histories:
+            events, length = items.history[name]
+            history[name] = (events[i].expand(len(rows), -1, -1), length[i].expand(len(rows)))
         logits.append(model.logits(ids, values, history)[task])
     scored = torch.stack(logits, 1)
     difference = scored - products

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 import torch
 from rich.console import Console
+from torch.nn import functional
 
 from recsys.contracts import Batch
 from recsys.data.encode import Encoder
@@ -57,7 +58,7 @@ def export_index(
     bundle = open_bundle(run / "bundle")
     _, loaded, _ = load_exported(run / "export", registry, console)
     encoder, model = loaded.encoder, loaded.model.cpu().eval()
-    rows = _rows(encoder, fields, catalogue)
+    rows = catalogue_rows(encoder, fields, catalogue)
     items = rows.get_column(fields[0]).to_list()
     sides = two_sides(model, fields, encoded(encoder, rows), task or model.schema.tasks[0])
     user = onnx_of(sides.user, model.schema, ["vector"])
@@ -68,7 +69,7 @@ def export_index(
 
 
 def encoded(encoder: Encoder, rows: pl.DataFrame) -> Batch:
-    """Return rows of some columns as one batch; what is not there is missing."""
+    """Return rows of some columns as one batch; what is not there is missing, or an empty list."""
     empty = frame_of(encoder, []).schema
     columns = [
         pl.col(name).cast(kind) if name in rows.columns else pl.lit(None, kind).alias(name)
@@ -76,17 +77,27 @@ def encoded(encoder: Encoder, rows: pl.DataFrame) -> Batch:
     ]
     batches = [batch_of(encoder, block) for block in encoder.transform(rows.select(columns).lazy(), labels=False)]
     values = [batch.values for batch in batches if batch.values is not None]
-    return Batch(torch.cat([batch.ids for batch in batches]), torch.cat(values) if values else None)
+    history = {}
+    for h in encoder.schema.histories:
+        longest = max(batch.history[h.name][0].shape[1] for batch in batches)
+        events = [functional.pad(e, (0, 0, 0, longest - e.shape[1])) for e, _ in (b.history[h.name] for b in batches)]
+        history[h.name] = (torch.cat(events), torch.cat([batch.history[h.name][1] for batch in batches]))
+    return Batch(torch.cat([batch.ids for batch in batches]), torch.cat(values) if values else None, history)
 
 
-def _rows(encoder: Encoder, fields: Sequence[str], catalogue: Path | None) -> pl.DataFrame:
-    """A row for each item, with a column for each of its fields."""
-    known = [*encoder.config.categorical, *encoder.config.numeric]
+def catalogue_rows(encoder: Encoder, fields: Sequence[str], catalogue: Path | None) -> pl.DataFrame:
+    """Return a row for each item, with a column for each of its fields, of the type that the logs have.
+
+    Raises:
+        ExportError: a field or the catalogue is wrong.
+    """
+    known = [*encoder.config.categorical, *encoder.config.numeric, *encoder.config.multi_valued]
     for name in fields:
         if name not in known:
             raise ExportError(f"--items: no field {name!r}.{did_you_mean(name, known)} Fields: {listing(known)}")
     if fields[0] not in encoder.config.categorical:
-        raise ExportError(f"--items: {fields[0]} is a number; the first field is the item's id")
+        kind = "a number" if fields[0] in encoder.config.numeric else "a list"
+        raise ExportError(f"--items: {fields[0]} is {kind}; the first field is the item's id")
     if catalogue is None:
         return _vocabulary(encoder, fields)
     read: Any = _READERS.get(catalogue.suffix)
@@ -99,8 +110,14 @@ def _rows(encoder: Encoder, fields: Sequence[str], catalogue: Path | None) -> pl
     twice = rows.height - rows.get_column(fields[0]).n_unique()
     if twice:
         raise ExportError(f"{catalogue}: {twice} rows have the {fields[0]} of another row; an item has one")
-    found: pl.DataFrame = rows.select(fields)
-    return found
+    wanted = frame_of(encoder, []).schema
+    for name in fields:
+        try:
+            rows = rows.with_columns(pl.col(name).cast(wanted[name]))
+        except pl.exceptions.PolarsError as error:
+            found = rows.schema[name]
+            raise ExportError(f"{catalogue}: column {name!r} is {found}, not {wanted[name]} as in the logs") from error
+    return cast("pl.DataFrame", rows.select(fields))
 
 
 def _vocabulary(encoder: Encoder, fields: Sequence[str]) -> pl.DataFrame:

@@ -17,7 +17,7 @@ from recsys.deploy.predictor import load
 from recsys.deploy.sides import Sides, two_sides
 from recsys.errors import BundleError, ExportError
 from recsys.nn.model import Model
-from recsys.recipe.items import encoded
+from recsys.recipe.items import catalogue_rows, encoded
 
 pytest.importorskip("usearch", reason="usearch is not installed (the extra `index`)")
 
@@ -34,37 +34,53 @@ TOWERS: dict[str, Any] = {
     "sequence": "mean_pool",
 }
 BOTH: dict[str, Any] = {**FACTORS, "interaction": [TOWERS["interaction"], "fm"]}
-CATALOGUE = pl.DataFrame({"item": [f"i{n}" for n in range(30)], "shop": [f"s{n % 9}" for n in range(30)]})
+LISTS: dict[str, Any] = {**BOTH, "interaction": [{**TOWERS["interaction"], "item": ["item", "tags"]}, "fm"]}
+CATALOGUE = pl.DataFrame(
+    {
+        "item": [f"i{n}" for n in range(30)],
+        "shop": [f"s{n % 9}" for n in range(30)],
+        "tags": [[f"t{k}" for k in range(n % 4)] for n in range(30)],
+    }
+)
 LOGS = made.LOGS.drop("click", "buy")
 
 
-@pytest.fixture(scope="module", params=[FACTORS, TOWERS, BOTH], ids=["fm", "two_tower", "both"])
-def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
+@pytest.fixture(
+    scope="module",
+    params=[(FACTORS, "shop"), (TOWERS, "shop"), (BOTH, "shop"), (FACTORS, "tags"), (LISTS, "tags")],
+    ids=["fm", "two_tower", "both", "fm and lists", "both and lists"],
+)
+def parts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Model, Path, tuple[str, str]]:
     folder = tmp_path_factory.mktemp("index")
-    encoder, model = made.write(folder / "bundle", DATA, request.param)
-    sides = two_sides(model, ["item", "shop"], encoded(encoder, CATALOGUE), "click")
+    description, second = request.param
+    encoder, model = made.write(folder / "bundle", DATA, description)
+    sides = two_sides(model, ["item", second], encoded(encoder, CATALOGUE), "click")
     user = onnx_of(sides.user, model.schema, ["vector"])
     predictor = load(folder / "bundle")
     items = CATALOGUE["item"].to_list()
-    write_index(folder / "items", predictor.id, ["item", "shop"], items, sides.items.numpy(), user, sides.gap)
-    return encoder, model, folder
+    write_index(folder / "items", predictor.id, ["item", second], items, sides.items.numpy(), user, sides.gap)
+    return encoder, model, folder, ("item", second)
 
 
-def brute_force(encoder: Any, model: Model, logs: pl.DataFrame) -> list[list[float]]:
+def brute_force(encoder: Any, model: Model, logs: pl.DataFrame, of: tuple[str, str]) -> list[list[float]]:
     """The trainer's score of each row with each item in it."""
     found = []
-    for item, shop in CATALOGUE.iter_rows():
-        asked = logs.with_columns(pl.lit(item).alias("item"), pl.lit(shop).alias("shop"))
+    for item in CATALOGUE.select(of).iter_slices(1):
+        asked = logs.drop(of).join(item, how="cross").select(logs.columns)
         found.append(training_logits(encoder, model, asked)["click"].tolist())
     return [list(scores) for scores in zip(*found, strict=True)]
 
 
-def test_the_top_of_the_index_is_that_of_the_trainers_scores(parts: tuple[Any, Model, Path]) -> None:
-    encoder, model, folder = parts
+def test_the_top_of_the_index_is_that_of_the_trainers_scores(
+    parts: tuple[Any, Model, Path, tuple[str, str]],
+) -> None:
+    encoder, model, folder, of = parts
     logs = LOGS.with_columns(pl.when(pl.int_range(pl.len()) % 5 == 0).then(10**6).otherwise("user").alias("user"))[:80]
     retriever = Retriever(load(folder / "bundle"), folder / "items")
-    rows = [{name: value for name, value in row.items() if name not in ("item", "shop")} for row in logs.to_dicts()]
-    wanted = brute_force(encoder, model, logs)
+    rows = [{name: value for name, value in row.items() if name not in of} for row in logs.to_dicts()]
+    wanted = brute_force(encoder, model, logs, of)
     items = CATALOGUE["item"].to_list()
     exact, approximate = retriever.top(rows, 7, exact=True), retriever.top(rows, 7)
     same = 0
@@ -128,10 +144,22 @@ def test_names_that_are_none() -> None:
         sides_of(FACTORS, task="buy")
 
 
+def test_a_catalogue_whose_columns_are_of_another_kind(tmp_path: Path) -> None:
+    encoder = made.encoder_of(DATA)
+    file = tmp_path / "catalogue.parquet"
+    CATALOGUE.with_columns(pl.col("tags").list.join("|")).write_parquet(file)
+    with pytest.raises(ExportError, match=r"catalogue.parquet: column 'tags' is String, not List\(String\) as in"):
+        catalogue_rows(encoder, ["item", "tags"], file)
+    with pytest.raises(ExportError, match=r"--items: tags is a list; the first field is the item's id"):
+        catalogue_rows(encoder, ["tags", "item"], file)
+    CATALOGUE.write_parquet(file)
+    assert catalogue_rows(encoder, ["item", "tags"], file).equals(CATALOGUE.select("item", "tags"))
+
+
 def test_an_index_of_another_bundle_or_altered_is_refused(
-    parts: tuple[Any, Model, Path], whole: Path, tmp_path: Path
+    parts: tuple[Any, Model, Path, tuple[str, str]], whole: Path, tmp_path: Path
 ) -> None:
-    _, _, folder = parts
+    _, _, folder, _ = parts
     with pytest.raises(BundleError, match=r"items: an index of bundle [0-9a-f]{64}, not of [0-9a-f]{64}"):
         Retriever(load(whole), folder / "items")
     copy = tmp_path / "items"
@@ -169,7 +197,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_command_writes_an_index_of_a_run(tmp_path: Path) -> None:
     made.LOGS.select("user", "item", "shop", "click").write_parquet(tmp_path / "logs.parquet")
-    CATALOGUE.write_csv(tmp_path / "catalogue.csv")
+    CATALOGUE.drop("tags").write_csv(tmp_path / "catalogue.csv")
     (tmp_path / "r.yaml").write_text(RECIPE)
     done = run(tmp_path, "train", "r.yaml", "--out", "mine")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import pytest
 import torch
 from interactions import assert_equal_to_loop, assert_small_graph, fields, mlp_loop, randomised, vectors, xor_auc
 
+from recsys.api import Fields
 from recsys.errors import RecipeError
 from recsys.testing import contract
 from recsys_two_tower import TwoTower
@@ -44,6 +45,14 @@ def test_no_tower_sees_a_field_of_the_other():
         assert torch.equal(other_q, q) == (f not in (1, 3))
     shown = module.explain(e)
     assert torch.equal((shown["user"] * shown["item"]).sum(1, keepdim=True), module(e))
+
+
+def test_a_name_stands_for_all_columns_of_a_sequence_or_a_multi_valued_field():
+    of = Fields(("user", "film", "genres.genres", "seen.film", "seen.genres", "genres_liked"), (10,) * 6, 4)
+    for item, places in ((("film", "genres"), [1, 2]), (("film", "genres.genres"), [1, 2]), (("seen",), [3, 4])):
+        module = TwoTower(of, item=item)
+        assert module.item.tolist() == places
+        assert module.user.tolist() == [f for f in range(6) if f not in places]
 
 
 def test_vectors_have_length_one_and_the_logit_lies_between_the_inverse_temperatures():
