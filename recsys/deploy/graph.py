@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from recsys.contracts import EncodedSchema
 from recsys.deploy.operators import translations
+from recsys.deploy.peephole import simplify
 from recsys.errors import RecipeError
 from recsys.nn.layout import Guard, Layout
 from recsys.nn.model import Model
@@ -146,6 +147,7 @@ def _bytes(program: ExportedProgram, names: list[str], outputs: Sequence[str]) -
     size = sum(t.nbytes for t in program.state_dict.values())
     if size > LARGEST:
         raise RecipeError(f"the model has {size:,} bytes; a bundle's graph holds at most {LARGEST:,}")
+    simplify(found.model)
     # Where a node came from in the source is no business of those who serve it, and names the folders of this machine.
     for node in (found.model, found.model.graph, *found.model.graph.all_nodes()):
         part: Any = node

@@ -66,7 +66,7 @@ class Head(nn.Module):
         """Logits of one member from the outputs of its interactions."""
         tasks = len(self.tasks)
         own = slice(m * tasks, (m + 1) * tasks)
-        logit = full(self.bias[own]).expand(ids.shape[0], -1)  # [B, tasks]
+        logit = full(self.bias[own])  # [tasks], and [B, tasks] with the first of what follows
         if self.weight is not None:
             open_ones = [o for o, done in zip(outputs, self.is_logit, strict=True) if not done]
             logit = logit + full(_projected(open_ones, self.weight[own]))

@@ -136,7 +136,7 @@ def scale(e: Tensor, ids: Tensor, values: Tensor | None, schema: EncodedSchema) 
         if schema.has_numeric:
             raise ValueError("the schema has numeric fields: the embedding needs their values")
         return e
-    values = torch.where(ids == NULL_ID, torch.ones_like(values), values)
+    values = torch.where(ids == NULL_ID, values.new_ones(()), values)
     return e * values.unsqueeze(-1)  # [B, F, 1]
 
 
