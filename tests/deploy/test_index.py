@@ -47,8 +47,8 @@ LOGS = made.LOGS.drop("click", "buy")
 
 @pytest.fixture(
     scope="module",
-    params=[(FACTORS, "shop"), (TOWERS, "shop"), (BOTH, "shop"), (FACTORS, "tags"), (LISTS, "tags")],
-    ids=["fm", "two_tower", "both", "fm and lists", "both and lists"],
+    params=[(FACTORS, "shop"), (TOWERS, "shop"), (LISTS, "tags")],
+    ids=["fm", "two_tower", "both, and lists"],
 )
 def parts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

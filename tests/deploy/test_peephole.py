@@ -15,9 +15,7 @@ from recsys.nn.model import Model
 
 TASKS: dict[str, Any] = {**made.DATA, **made.LISTS, "label": {"click": "click", "buy": "buy"}}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "one task": (made.DATA, {}),
     "first-order weights": (made.DATA, {"head": {"wide": True}}),
-    "logits alone": (made.DATA, {"interaction": "fm"}),
     "lists and two tasks": (TASKS, {"head": {"wide": True}, "sequence": "din"}),
 }
 
