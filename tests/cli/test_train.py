@@ -203,7 +203,7 @@ def test_accumulating_gradients_changes_nothing_but_rounding(recsys: Command, tm
         # Steps of 451 rows for two ranks, the last of 390; plain gradient descent shows every wrong weight of a row.
         (6125, 451, ["train.optimizer=sgd", "train.learning_rate=0.5"]),
         # Twenty steps of Adam, which would blow up rounding where a gradient is nearly zero: so without a ragged end.
-        (12800, 1024, ["train.optimizer=adam"]),
+        pytest.param(12800, 1024, ["train.optimizer=adam"], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_as_one(tmp_path: Path, rows: int, batch_size: int, update: list[str]) -> None:

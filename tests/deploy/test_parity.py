@@ -45,7 +45,7 @@ def test_every_component_scores_in_its_graph_as_in_training(case: str, encoders:
             agree(encoders[lists], small)
 
 
-@pytest.mark.parametrize("stored", ["float16", "int8"])
+@pytest.mark.parametrize("stored", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_a_pruned_and_quantised_table_with_lists(encoders: dict[bool, Encoder], stored: Any) -> None:
     model = parity.trained(encoders[True], parity.LISTS, parity.recipe("embedding", "magnitude"))
     agree(encoders[True], parity.pruned(model).quantized(stored).eval())

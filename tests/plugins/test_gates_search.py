@@ -141,7 +141,7 @@ def test_a_recipe_without_stages_has_those_of_the_method(name, tmp_path):
 
 @pytest.mark.ddp
 @pytest.mark.parametrize(
-    "name", ["lpfs", *(pytest.param(other, marks=pytest.mark.slow) for other in ("adafs", "group_lasso"))]
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("lpfs", "adafs", "group_lasso")]
 )
 def test_two_processes_find_one_set_of_fields_and_train_what_is_left(name, tmp_path):
     changes = ("data.source.rows=3000", "train.batch_size=250", "train.epochs=2", "train.devices=2", "train.threads=1")
