@@ -107,16 +107,19 @@ def catalogue_rows(encoder: Encoder, fields: Sequence[str], catalogue: Path | No
     for name in fields:
         if name not in rows.columns:
             raise ExportError(f"{catalogue}: no column {name!r}.{did_you_mean(name, rows.columns)}")
+    wanted = frame_of(encoder, []).schema
+    for name in fields:
+        found, given = rows.schema[name], rows.get_column(name)
+        told = f"{catalogue}: column {name!r} is {found}, not {wanted[name]} as in the logs"
+        if found.is_float() and wanted[name].is_integer() and bool((given != given.floor()).any()):
+            raise ExportError(f"{told}, and some of its numbers are not whole")
+        try:
+            rows = rows.with_columns(given.cast(wanted[name]))
+        except pl.exceptions.PolarsError as error:
+            raise ExportError(told) from error
     twice = rows.height - rows.get_column(fields[0]).n_unique()
     if twice:
         raise ExportError(f"{catalogue}: {twice} rows have the {fields[0]} of another row; an item has one")
-    wanted = frame_of(encoder, []).schema
-    for name in fields:
-        try:
-            rows = rows.with_columns(pl.col(name).cast(wanted[name]))
-        except pl.exceptions.PolarsError as error:
-            found = rows.schema[name]
-            raise ExportError(f"{catalogue}: column {name!r} is {found}, not {wanted[name]} as in the logs") from error
     return cast("pl.DataFrame", rows.select(fields))
 
 

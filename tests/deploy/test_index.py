@@ -152,6 +152,16 @@ def test_a_catalogue_whose_columns_are_of_another_kind(tmp_path: Path) -> None:
         catalogue_rows(encoder, ["item", "tags"], file)
     with pytest.raises(ExportError, match=r"--items: tags is a list; the first field is the item's id"):
         catalogue_rows(encoder, ["tags", "item"], file)
+    pl.DataFrame({"user": [1.0, 2.5]}).write_parquet(file)
+    with pytest.raises(
+        ExportError, match=r"column 'user' is Float64, not Int64 as in the logs, and some of its numbers"
+    ):
+        catalogue_rows(encoder, ["user"], file)
+    pl.DataFrame({"user": ["7", "07"]}).write_parquet(file)
+    with pytest.raises(ExportError, match=r"1 rows have the user of another row"):
+        catalogue_rows(encoder, ["user"], file)
+    pl.DataFrame({"user": [1.0, 2.0]}).write_parquet(file)
+    assert catalogue_rows(encoder, ["user"], file)["user"].to_list() == [1, 2]
     CATALOGUE.write_parquet(file)
     assert catalogue_rows(encoder, ["item", "tags"], file).equals(CATALOGUE.select("item", "tags"))
 
