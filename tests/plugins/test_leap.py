@@ -363,8 +363,11 @@ def test_the_score_is_the_mean_gain_by_a_wider_gate_with_later_steps_of_more_wei
         made.theta[1:3] = -0.3
     gates = [float(g) for g in made.gates().detach()]
     assert {g > 0.5 for g in gates} == {True, False}
-    wanted = [g if g > 0.5 else min(b, 0.5) for g, b in zip(gates, benefit.tolist(), strict=True)]
-    assert [float(score) for score in made.scores().values()] == pytest.approx(wanted)
+    scores = [float(score) for score in made.scores().values()]
+    wanted = [float(g > 0.5) + b / (1 + 2 * abs(b)) for g, b in zip(gates, benefit.tolist(), strict=True)]
+    assert scores == pytest.approx(wanted)
+    order = sorted(range(F), key=lambda f: (gates[f] > 0.5, float(benefit[f])))
+    assert sorted(range(F), key=scores.__getitem__) == order, "open gates first, the more useful before the less"
     told = made.report(x)["fields"]["f2"]
     assert told["benefit"] == pytest.approx(float(found[2] / weight))
     assert told["gate"] == pytest.approx(float(made.gates()[2].detach()))
