@@ -26,6 +26,8 @@ MEMORY = 0.98
 """Of the moving average of the divergence."""
 POLARISED = 0.8
 """Mean 2|g − ½| above which the gates have decided by themselves."""
+THRESHOLDS = (0.3, 0.5, 0.7)
+"""As many gates above each of these: what is kept does not hang on the threshold."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 WHOLE = {4: torch.float32, 8: torch.float64, 16: torch.complex128}
 """A narrow block of so many bytes is moved as one number of that type: several times as fast as number by number."""
@@ -77,8 +79,9 @@ class LeAP(nn.Module):
     preset, the `share` with the largest scores. Evaluation sees what is kept, and zeros elsewhere. The gates learn in
     the stage `bilevel_fit`, or with `one_level` in a fit stage; either runs all of its `epochs` and keeps the last, for
     the loss alone, without the price, would choose an early one. Every stage that moves gates writes `gates.json`: the
-    gates, s_f as the benefit, how polarised the gates are, D_f ≈ r_f √d_f s (share of pairs that differ, width, spread
-    of a coordinate), and what the validation split says with shuffled copies in the place of all that is not kept.
+    gates, s_f as the benefit, how polarised they are, how many are above .3, .5 and .7, D_f ≈ r_f √d_f s (share of
+    pairs that differ, width, spread of a coordinate), and what the validation split says with shuffled copies in the
+    place of all that is not kept.
 
     Only scalar fields pass the gates: pooled histories, their targets and first-order weights do not. A field of fewer
     dimensions comes with zeros in the others. With some forty fields a permutation test costs less than this search;
@@ -340,7 +343,8 @@ class LeAP(nn.Module):
         polarisation = float(self.polarisation())
         rule = "share" if self.official or polarisation <= POLARISED else "gates above one half"
         steps = {"steps": int(self.steps), "steps_held": int(self.measured)}
-        return {"polarisation": polarisation, "kept_by": rule, **steps, "fields": table}
+        above = {str(least): int((self.gates() > least).sum()) for least in THRESHOLDS}
+        return {"polarisation": polarisation, "kept_by": rule, "gates_above": above, **steps, "fields": table}
 
 
 def shifted(x: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ def test_its_stages_from_the_search_to_the_smaller_model(tmp_path):
     theta = searched["selector.theta"].flatten()
     assert [f["gate"] for f in told["fields"].values()] == pytest.approx(torch.sigmoid(5 * theta).tolist())
     assert told["polarisation"] == pytest.approx(float((2 * torch.sigmoid(5 * theta) - 1).abs().mean()))
+    gates = [f["gate"] for f in told["fields"].values()]
+    assert told["gates_above"] == {str(least): sum(g > least for g in gates) for least in (0.3, 0.5, 0.7)}
     dim = run.model.embedding.fields.dim
     for found in told["fields"].values():
         assert found["divergence"] == pytest.approx(found["changed"] * dim**0.5 * found["spread"])
