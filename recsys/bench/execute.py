@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from recsys.bench.apart import Trainers
 from recsys.bench.table import Bench, Entry
 from recsys.errors import RunError
 
@@ -74,8 +73,8 @@ class Workers:
     def __init__(self, arguments: Sequence[str], at_once: int, threads: int) -> None:
         self._arguments = tuple(arguments)
         self._at_once = at_once
-        self._threads = threads
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._trainers = Trainers(threads)
+        self._running: set[BaseProcess] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
 
@@ -112,28 +111,22 @@ class Workers:
     def _train(self, job: Job) -> None:
         if self._stopping.is_set() or job.done:
             return
-        command = [sys.executable, "-m", "recsys.cli", "train", *self._arguments]
+        arguments = list(self._arguments)
         if (job.folder / "run.json").is_file():
-            command += ["--resume", str(job.folder)]
+            arguments += ["--resume", str(job.folder)]
         else:
-            command += [str(job.entry.path), *job.entry.overrides, f"train.seed={job.seed}", "--out", str(job.folder)]
+            arguments += [str(job.entry.path), *job.entry.overrides, f"train.seed={job.seed}", "--out", str(job.folder)]
         log = job.folder.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(self._threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "POLARS_MAX_THREADS": threads}
-        with log.open("a", encoding="utf-8") as file:
-            with self._lock:
-                if self._stopping.is_set():
-                    return
-                # A group of its own: Ctrl-C reaches this process alone, which then lets the others save and end.
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-                )
-                self._running.add(process)
-            try:
-                code = process.wait()
-            finally:
-                self._running.discard(process)
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            process = self._trainers.start(arguments, log)
+            self._running.add(process)
+        try:
+            code = self._trainers.end(process)
+        finally:
+            self._running.discard(process)
         if code and not self._stopping.is_set():
             last = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_TAIL:]
             text = "\n  ".join(last)
@@ -144,4 +137,4 @@ class Workers:
         with self._lock:
             self._stopping.set()
             for process in self._running:
-                process.send_signal(signal.SIGTERM)
+                process.terminate()
