@@ -364,9 +364,9 @@ def test_the_score_is_the_mean_gain_by_a_wider_gate_with_later_steps_of_more_wei
     gates = [float(g) for g in made.gates().detach()]
     assert {g > 0.5 for g in gates} == {True, False}
     scores = [float(score) for score in made.scores().values()]
-    wanted = [float(g > 0.5) + b / (1 + 2 * abs(b)) for g, b in zip(gates, benefit.tolist(), strict=True)]
-    assert scores == pytest.approx(wanted)
-    order = sorted(range(F), key=lambda f: (gates[f] > 0.5, float(benefit[f])))
+    value = [b * math.log(g / (1 - g)) / 5 if g > 0.5 else b for g, b in zip(gates, benefit.tolist(), strict=True)]
+    assert scores == pytest.approx([float(g > 0.5) + v / (1 + 2 * abs(v)) for g, v in zip(gates, value, strict=True)])
+    order = sorted(range(F), key=lambda f: (gates[f] > 0.5, value[f]))
     assert sorted(range(F), key=scores.__getitem__) == order, "open gates first, the more useful before the less"
     told = made.report(x)["fields"]["f2"]
     assert told["benefit"] == pytest.approx(float(found[2] / weight))
