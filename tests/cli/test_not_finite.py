@@ -176,6 +176,7 @@ def test_two_processes_skip_the_same_steps_as_one(recsys: Command, tmp_path: Pat
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_stop_with_one_message(tmp_path: Path, plugin: tuple[str, str]) -> None:
     run = tmp_path / "run"

@@ -47,6 +47,7 @@ def valid_auc(run: Path) -> float:
     return float(json.loads((run / "1-fit/history.json").read_text())["epochs"][-1]["valid/auc"])
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_stream_and_train_as_one(tmp_path: Path) -> None:
     common = ["train", "quickstart", "data.source.rows=6125", "train.epochs=2", "train.batch_size=451"]

@@ -90,6 +90,7 @@ def test_what_cannot_be_done_with_slates_is_named(recsys: Command, recipe: Path,
         recsys("train", recipe, "loss=bce", "--out", tmp_path / "c")
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_compare_the_same_slates_as_one(recsys: Command, recipe: Path, tmp_path: Path) -> None:
     sgd = ["stages=[{use: fit}]", "train.optimizer=sgd", "train.learning_rate=0.5"]
