@@ -364,7 +364,7 @@ def test_the_score_is_the_mean_gain_by_a_wider_gate_with_later_steps_of_more_wei
     gates = [float(g) for g in made.gates().detach()]
     assert {g > 0.5 for g in gates} == {True, False}
     scores = [float(score) for score in made.scores().values()]
-    value = [b * math.log(g / (1 - g)) / 5 if g > 0.5 else b for g, b in zip(gates, benefit.tolist(), strict=True)]
+    value = [b * (2 * g - 1) if g > 0.5 else b for g, b in zip(gates, benefit.tolist(), strict=True)]
     assert scores == pytest.approx([float(g > 0.5) + v / (1 + 2 * abs(v)) for g, v in zip(gates, value, strict=True)])
     order = sorted(range(F), key=lambda f: (gates[f] > 0.5, value[f]))
     assert sorted(range(F), key=scores.__getitem__) == order, "open gates first, the more useful before the less"

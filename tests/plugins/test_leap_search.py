@@ -62,9 +62,8 @@ def test_its_stages_from_the_search_to_the_smaller_model(tmp_path):
     assert f"leap keeps {len(kept)} of {len(told['fields'])} fields" in (tmp_path / "log.txt").read_text()
     assert sum(t.nbytes for t in run.model.embedding.export_tables().values()) < whole
     scores = json.loads((folder / "3-prune" / "scores.json").read_text())
-    theta = dict(zip(told["fields"], theta.tolist(), strict=True))
-    value = {n: f["benefit"] * (theta[n] if theta[n] > 0 else 1) for n, f in told["fields"].items()}
-    wanted = {n: (theta[n] > 0) + v / (1 + 2 * abs(v)) for n, v in value.items()}
+    value = {n: f["benefit"] * (2 * f["gate"] - 1 if f["gate"] > 0.5 else 1) for n, f in told["fields"].items()}
+    wanted = {n: (told["fields"][n]["gate"] > 0.5) + v / (1 + 2 * abs(v)) for n, v in value.items()}
     assert scores == pytest.approx(wanted)
     assert len(set(scores.values())) == len(scores)
     assert (told["steps_held"], told["steps"]) == (38, 38), "held for half of 76"
