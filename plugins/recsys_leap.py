@@ -72,10 +72,10 @@ class LeAP(nn.Module):
     most. At ½ a field and its copy can be exchanged, so E b = 0 for a field that tells nothing, whatever the network;
     elsewhere a gate also answers to how much it spreads x', and the values that gates end with, near 0 and near 1, say
     little of order. Then the gates open, and pay. The score is v / (1 + 2|v|), within ½ of 0, with v = s_f for a field
-    whose gate ends below ½; above, it is one more, with v = s_f (2 g_f − 1): s_f alone counts twice what two fields tell alike,
-    and the price closes such gates further, with all others there. Scores are gates alone with the other presets,
-    whose warm-up holds gates open, without a warm-up, and with `per: dim`, where the other dimensions of a row give
-    one away.
+    whose gate ends below ½; above, it is one more, with v = s_f (2 g_f − 1), for s_f counts twice what two fields tell
+    alike, while the price, with all others there, closes their gates further. Scores are gates alone with the other
+    presets, whose warm-up holds gates open, without a warm-up, and with `per: dim`, where the other dimensions of a row
+    give one away.
 
     Kept is what has g > ½ once the gates are polarised, mean 2|g − ½| > 0.8; until then, and always with the official
     preset, the `share` with the largest scores. Evaluation sees what is kept, and zeros elsewhere. The gates learn in
