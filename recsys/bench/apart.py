@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +80,5 @@ def _train(arguments: tuple[str, ...], log: str, folder: str, environment: Mappi
     sys.argv = ["recsys", "train", *arguments]
     import torch
 
-    from recsys.cli import main
-
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    main()
+    runpy.run_module("recsys.cli", run_name="__main__")

@@ -264,7 +264,7 @@ def test_connections_and_calls_beyond_the_limits_are_refused_until_some_end(whol
         let = [channel for channel in channels if connects(channel)]
         assert len(let) == 2, "beside the first one"
         assert made.stub.ServerReady(ready, timeout=20).ready, "those that are open go on"
-        for channel in let:
+        for channel in channels:  # those that were refused too: they try again by themselves, and would take the places
             channel.close()
         again = grpc.insecure_channel(f"127.0.0.1:{made.port}", options=own)
         channels.append(again)

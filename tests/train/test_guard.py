@@ -31,7 +31,7 @@ from recsys.plugin.registry import load_registry
 from recsys.recipe.build import build_run, build_source, data_root
 from recsys.recipe.check import find_recipe, load_recipe
 from recsys.recipe.execute import run_stages
-from recsys.train import fit
+from recsys.train import fitting
 from recsys.train.checkpoint import load_checkpoint
 from recsys.train.diagnose import rows_of
 from recsys.train.distributed import World
@@ -323,7 +323,7 @@ def test_flags_that_are_read_late_protect_the_weights_all_the_same(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, read_every: int
 ) -> None:
     """As on a GPU: the host goes on for some steps before it learns; at the latest at the end of the epoch."""
-    monkeypatch.setattr(fit, "StepGuard", functools.partial(StepGuard, read_every=read_every))
+    monkeypatch.setattr(fitting, "StepGuard", functools.partial(StepGuard, read_every=read_every))
     update = ("train.non_finite=skip", "train.skip_budget=1")
     probe, _ = bench.start(*update)
     bad = [bench.row(probe, 0, step) for step in (0, 2)]
