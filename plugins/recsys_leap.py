@@ -27,7 +27,7 @@ MEMORY = 0.98
 POLARISED = 0.8
 """Mean 2|g − ½| above which the gates have decided by themselves."""
 THRESHOLDS = (0.3, 0.5, 0.7)
-"""As many gates above each of these: what is kept does not hang on the threshold."""
+"""`gates.json` counts the gates above each of these: equal counts mean that what is kept does not hang on ½."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 WHOLE = {4: torch.float32, 8: torch.float64, 16: torch.complex128}
 """A narrow block of so many bytes is moved as one number of that type: several times as fast as number by number."""
